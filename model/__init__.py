@@ -1,0 +1,1 @@
+"""What Gemma is: sizes, tensors, forward pass. Knows no file format."""
