@@ -1,4 +1,4 @@
-"""Writes a ContainerPlan the plainest way: the tests' own oracle for what output.py must produce."""
+"""Writes a ContainerPlan the plainest way: the oracle for what output.py must produce."""
 
 import math
 import zlib
@@ -11,7 +11,7 @@ from g2kit.formats.base import Chunk, ContainerPlan
 
 
 def materialise(plan: ContainerPlan, arrays: Mapping[str, np.ndarray], directory: Path) -> None:
-    """Create every file of the plan below ``directory`` and fill it from ``arrays`` (slot -> array).
+    """Create every file of the plan below ``directory``, filled from ``arrays`` (by slot).
 
     Shares no code with formats/output.py; overlapping or out-of-bounds byte ranges are errors.
     """
