@@ -6,6 +6,7 @@ do not count as this process's memory.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -34,17 +35,19 @@ class InputFile:
             # O_NONBLOCK: opening a FIFO must not wait for its writer
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as e:
-            raise FileIOError(f"cannot open: {e.strerror}.", where=path) from e
+            # ENXIO: a socket
+            why = "not a regular file" if e.errno == errno.ENXIO else f"cannot open: {e.strerror}"
+            raise FileIOError(f"{why}.", where=self.path) from e
         st = os.fstat(self._fd)
         if not stat.S_ISREG(st.st_mode):
-            os.close(self._fd)
-            raise FileIOError("not a regular file.", where=path, fix="pass a checkpoint file.")
+            self.close()  # and forget the number: another file may get it before __del__ runs
+            raise FileIOError("not a regular file.", where=self.path, fix="pass a checkpoint file.")
         self.size = st.st_size
         self._identity = (st.st_size, st.st_mtime_ns)
 
     def read_into(self, offset: int, out: npt.NDArray[np.uint8] | memoryview) -> None:
         """Fill ``out`` (a flat byte buffer) from ``offset``."""
-        view = memoryview(out).cast("B")
+        view = (out if isinstance(out, memoryview) else out.data).cast("B")
         self._require(offset, len(view))
         done = 0
         while done < len(view):
