@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
 
 from .errors import LimitError, TokenizerError, printable
 
@@ -129,12 +128,14 @@ def _checked(
     spans: dict[int, tuple[int, int]],
 ) -> SentencePieceModel:
     if not pieces:
-        reader.damaged("it has no pieces", 0)
+        raise reader.damaged("it has no pieces", 0)
     if len(set(pieces)) != len(pieces):
         seen: set[str] = set()
         for i, piece in enumerate(pieces):
             if piece in seen:
-                reader.damaged(f"piece {printable(repr(piece), 60)} appears twice, again as {i}", 0)
+                raise reader.damaged(
+                    f"piece {printable(repr(piece), 60)} appears twice, again as {i}", 0
+                )
             seen.add(piece)
     trainer = reader.values(*spans[2])
     normalizer = reader.values(*spans[3])
@@ -173,9 +174,9 @@ class _Reader:
         self.data = data
         self.where = where
 
-    def damaged(self, what: str, at: int) -> NoReturn:
-        """Refuse the file."""
-        raise TokenizerError(
+    def damaged(self, what: str, at: int) -> TokenizerError:
+        """The error that refuses the file."""
+        return TokenizerError(
             f"not a SentencePiece model: {what} (byte {at}).", where=self.where, fix=_DAMAGED
         )
 
@@ -190,7 +191,7 @@ class _Reader:
             if byte < 0x80:
                 return value, at
             shift += 7
-        self.damaged("a number does not end", begin)
+        raise self.damaged("a number does not end", begin)
 
     def fields(self, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """``(number, wire type, value or start, end)`` of every field in ``[at, stop)``."""
@@ -199,7 +200,7 @@ class _Reader:
             tag, at = self.varint(at, stop)
             number, wire = tag >> 3, tag & 7
             if number == 0:
-                self.damaged("field number 0", begin)
+                raise self.damaged("field number 0", begin)
             if wire == _VARINT:
                 value, at = self.varint(at, stop)
                 yield number, wire, value, at
@@ -208,9 +209,9 @@ class _Reader:
             if wire == _BYTES:
                 size, at = self.varint(at, stop)
             if size is None:
-                self.damaged(f"wire type {wire}", begin)
+                raise self.damaged(f"wire type {wire}", begin)
             if size > stop - at:
-                self.damaged(f"{size} bytes are announced, {stop - at} are left", begin)
+                raise self.damaged(f"{size} bytes are announced, {stop - at} are left", begin)
             yield number, wire, at, at + size
             at += size
 
@@ -231,15 +232,15 @@ class _Reader:
             elif number == 3 and wire == _VARINT:
                 kind = value
         if not text:
-            self.damaged(f"piece {index} has no text", at)
+            raise self.damaged(f"piece {index} has no text", at)
         if kind not in _KINDS:
-            self.damaged(f"piece {index} has type {kind}", at)
+            raise self.damaged(f"piece {index} has type {kind}", at)
         if not math.isfinite(score):
-            self.damaged(f"piece {index} has score {score}", at)
+            raise self.damaged(f"piece {index} has score {score}", at)
         try:
             return text.decode("utf-8"), score, _KINDS[kind]
         except UnicodeDecodeError:
-            self.damaged(f"piece {index} is not UTF-8", at)
+            raise self.damaged(f"piece {index} is not UTF-8", at)
 
     def values(self, at: int, stop: int) -> dict[int, int | bytes]:
         """Last value of every number and byte field of a message."""
