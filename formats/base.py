@@ -254,7 +254,9 @@ def runs(
     many = [k for k, (a, b, _, _) in enumerate(axes) if b - a > 1]
     for k, (a, b, _, n) in enumerate(axes):
         if many and k > many[0] and b - a != n:
-            raise LayoutError(f"region {start}..{stop} is not one run of chunk {chunk.start}+{chunk.shape}")
+            raise LayoutError(
+                f"region {start}..{stop} is not one run of chunk {chunk.start}+{chunk.shape}"
+            )
     flat = 0
     for a, _, c, n in axes:
         flat = flat * n + (a - c)

@@ -45,7 +45,9 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else torch.tanh(x / cap) * cap
 
 
-def rope_tables(positions: Tensor, config: GemmaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, config: GemmaConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine for positions ``[batch, length]``; each ``[batch, 1, length, head_dim / 2]``."""
     half = config.head_dim // 2
     wide = torch.promote_types(dtype, torch.float32)

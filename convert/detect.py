@@ -1,0 +1,275 @@
+"""Which container is at a path, and which layout its tensor names follow. Names decide; nothing is guessed silently."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from ..formats.base import Source
+from ..formats.errors import (
+    ExtraTensorError,
+    FileIOError,
+    FormatError,
+    InputError,
+    MissingTensorError,
+    printable,
+)
+from ..model.canonical import LM_HEAD
+from .layout import Rule, Variant, layer_name
+from .layouts import VARIANTS
+
+# module of g2kit.formats -> what its files look like in a directory, first bytes of a file
+_CONTAINERS: dict[str, tuple[tuple[str, ...], tuple[bytes, ...]]] = {
+    "safetensors": (("*.safetensors", "*.safetensors.index.json"), ()),
+    "torch_pickle": (
+        ("*.ckpt", "*.pt", "*.pth", "pytorch_model*.bin", "*.bin.index.json"),
+        (b"PK\x03\x04", b"PK\x05\x06"),
+    ),
+    "gguf": (("*.gguf",), (b"GGUF",)),
+    "keras_h5": (("*.weights.h5", "model.weights.json"), (b"\x89HDF\r\n\x1a\n",)),
+    "orbax": (("manifest.ocdbt", "_METADATA", "checkpoint", "ocdbt.process_*"), ()),
+}
+
+
+def open_container(path: Path, prefer: str | None = None) -> Source:
+    """Open whatever checkpoint container is at ``path``.
+
+    Args:
+        path: a file or directory.
+        prefer: container to take when a directory holds several.
+
+    Raises:
+        FormatError: nothing recognised, or several containers and no preference.
+        FileIOError: the path does not exist.
+    """
+    if not path.exists():
+        raise FileIOError("no such file or directory.", where=path)
+    kinds = _in_directory(path) if path.is_dir() else [_of_file(path)]
+    if prefer is not None and prefer in kinds:
+        kinds = [prefer]
+    if len(kinds) > 1:
+        raise FormatError(
+            f"the directory holds several checkpoints: {', '.join(kinds)}.",
+            where=path,
+            fix="pass the one file (or index) you mean, or name the source format, as in "
+            f"`g2conv {kinds[0]}-to-…`.",
+        )
+    module = import_module(f"..formats.{kinds[0]}", __package__)
+    opened: Source = module.open_source(path)
+    return opened
+
+
+def _in_directory(path: Path) -> list[str]:
+    kinds = [
+        kind
+        for kind, (patterns, _) in _CONTAINERS.items()
+        if any(any(path.glob(p)) for p in patterns)
+    ]
+    # an Orbax checkpoint may lie below (step or item directories); its reader looks there
+    return kinds or ["orbax"]
+
+
+def _of_file(path: Path) -> str:
+    if not path.is_file():
+        raise FileIOError("not a regular file or directory.", where=path)
+    with path.open("rb") as f:
+        head = f.read(16)
+    for kind, (_, magics) in _CONTAINERS.items():
+        if any(head.startswith(m) for m in magics):
+            return kind
+    for kind, (patterns, _) in _CONTAINERS.items():
+        if any(path.match(p) for p in patterns):
+            return kind
+    known = ", ".join(p for patterns, _ in _CONTAINERS.values() for p in patterns)
+    raise FormatError(
+        f"not a checkpoint file that g2kit knows (name and first bytes {head[:8]!r}).",
+        where=path,
+        fix=f"pass a directory or one of {known}.",
+    )
+
+
+@dataclass(frozen=True)
+class Match:
+    """A table that fits a set of names.
+
+    Attributes:
+        variant: the table.
+        family: ``gemma`` or ``gemma2``.
+        num_layers: layers the names speak of.
+        missing: names the table has and the file has not.
+        extra: names the file has and the table has not.
+    """
+
+    variant: Variant
+    family: str
+    num_layers: int
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+
+    @property
+    def distance(self) -> int:
+        """How far from a perfect fit."""
+        return len(self.missing) + len(self.extra)
+
+
+def matches(
+    source_format: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    variants: Iterable[Variant] = VARIANTS,
+) -> list[Match]:
+    """Every table of that container, best fit first."""
+    found = [
+        _match(variant, family, shapes)
+        for variant in variants
+        if variant.container == source_format
+        for family in variant.rules
+    ]
+    return sorted(found, key=lambda m: m.distance)
+
+
+def best_matches(source: Source) -> list[Match]:
+    """The tables whose names fit exactly (they differ only in orientation).
+
+    Raises:
+        MissingTensorError: tensors are absent, listed together with unknown ones.
+        ExtraTensorError: tensors are there that the architecture does not have.
+        FormatError: the names are no Gemma 1 or 2 checkpoint's at all.
+    """
+    shapes = {name: t.shape for name, t in source.tensors.items()}
+    ranked = matches(source.format, shapes)
+    perfect = [m for m in ranked if m.distance == 0]
+    if perfect:
+        return perfect
+    raise _no_match(source, ranked[0])
+
+
+def _no_match(source: Source, best: Match) -> InputError:
+    names = list(source.tensors)
+    if not names:
+        return MissingTensorError("the checkpoint holds no tensors.", where=source.path)
+    known = len(names) - len(best.extra)
+    if known < max(1, len(names) // 10):
+        return FormatError(
+            f"these are not the tensor names of a Gemma 1 or Gemma 2 checkpoint: found "
+            f"{_some(names)}.",
+            where=source.path,
+            fix=_other_model(names)
+            or "check that this is a Gemma 1 or Gemma 2 text model without adapters or quantizer wrappers.",
+        )
+    parts = []
+    if best.missing:
+        parts.append(f"{len(best.missing)} tensors are missing: {_some(best.missing)}")
+    if best.extra:
+        parts.append(f"{len(best.extra)} tensors are unknown: {_some(best.extra)}")
+    text = (
+        f"read as {best.variant.describe}, {best.num_layers} layers of {best.family}: "
+        f"{'; '.join(parts)}."
+    )
+    fix = _other_model(names) or (
+        "get the complete checkpoint." if best.missing else "remove them, or merge adapters first."
+    )
+    kind = MissingTensorError if best.missing else ExtraTensorError
+    return kind(text, where=source.path, fix=fix)
+
+
+# names that only other models have -> what to say
+_FOREIGN_MARKS: tuple[tuple[str, str], ...] = (
+    (r"(^|[./_])lora|adapter_", "merge the LoRA adapter into the base model first."),
+    (
+        r"q_norm|k_norm|_query_norm|_key_norm",
+        "this looks like Gemma 3; g2kit handles Gemma 1 and 2.",
+    ),
+    (
+        r"vision_|SigLiP|mm_",
+        "this looks like a multimodal model; g2kit handles Gemma 1 and 2 text models.",
+    ),
+    (r"SimulateQuantized|qweight|weight_packed", "open the unquantized checkpoint."),
+    (
+        r"(^|/)(x_[ab]|rg_lru|recurrent)",
+        "this looks like RecurrentGemma; g2kit handles Gemma 1 and 2.",
+    ),
+)
+
+
+def _other_model(names: list[str]) -> str | None:
+    for pattern, advice in _FOREIGN_MARKS:
+        if any(re.search(pattern, n) for n in names):
+            return advice
+    return None
+
+
+def _some(names: Iterable[str], limit: int = 6) -> str:
+    listed = list(names)
+    shown = ", ".join(printable(n, 80) for n in listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"
+
+
+def _match(variant: Variant, family: str, shapes: Mapping[str, tuple[int, ...]]) -> Match:
+    rules = variant.rules[family]
+    period = variant.periods.get(family, 1)
+    layers = _count_layers(rules, period, shapes)
+    expected = {
+        layer_name(r.foreign, i, period)
+        for r in rules
+        for i in (range(layers) if "{i}" in r.canonical[0] else (0,))
+    }
+    have = {n for n in shapes if not variant.is_ignored(n)}
+    if variant.name.startswith("huggingface"):
+        have.discard(LM_HEAD)  # compared with the embedding when the weights are read
+    missing = tuple(sorted(expected - have, key=_natural))
+    extra = tuple(sorted(have - expected, key=_natural))
+    return Match(variant, family, layers, missing, extra)
+
+
+def _count_layers(
+    rules: tuple[Rule, ...], period: int, shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """Layers the names speak of: the highest index found by any rule, or the stack's size times the period."""
+    highest = 0
+    for rule in rules:
+        if "{i}" not in rule.canonical[0]:
+            continue
+        left = rule.axes.split("->")[0].split()
+        pattern = _template_pattern(rule.foreign)
+        for name, shape in shapes.items():
+            hit = pattern.fullmatch(name)
+            if hit is None:
+                continue
+            if "layer" in left:
+                axis = left.index("layer")
+                highest = max(highest, shape[axis] * period if axis < len(shape) else 0)
+                continue
+            at = hit.groupdict()
+            if "s" in at:
+                i = int((at["s"] or "_0")[1:])
+            elif "j" in at:
+                i = int(at["j"]) * period + period - 1
+            else:
+                i = int(at.get("i", 0))
+            highest = max(highest, i + 1)
+    return min(highest, _MAX_LAYERS)
+
+
+_MAX_LAYERS = 512  # a corrupt name must not make a table of a billion rows
+
+
+def _template_pattern(template: str) -> re.Pattern[str]:
+    pattern = re.escape(template)
+    for field, regex in (
+        ("i", r"(?P<i>0|[1-9]\d{0,5})"),
+        ("j", r"(?P<j>0|[1-9]\d{0,5})"),
+        ("p", r"\d{1,3}"),
+        ("kind", "(?:local|global)"),
+        ("suffix", r"(?P<s>|_[1-9]\d{0,5})"),
+    ):
+        # a field that occurs twice may be captured once only
+        escaped = re.escape(f"{{{field}}}")
+        pattern = pattern.replace(escaped, regex, 1)
+    return re.compile(pattern)
+
+
+def _natural(name: str) -> list[object]:
+    return [(0, int(t)) if t.isdigit() else (1, t) for t in re.split(r"(\d+)", name)]

@@ -1,0 +1,401 @@
+"""Path -> canonical checkpoint: config, lazy tensors under canonical names, tokenizer, fingerprint.
+
+The order of decisions: container (bytes), table (names), config (option, files, then shapes of released sizes), then every
+shape against the config. All of it happens before one weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..formats.base import Source, Tensor, iter_row_blocks
+from ..formats.dtypes import FLOATS
+from ..formats.errors import ConfigError, DtypeError, FileIOError, ShapeError
+from ..formats.strict_json import load as load_json
+from ..model import canonical
+from ..model.config import PRESETS, GemmaConfig, preset
+from ..model.config_formats import ConfigReading, from_gguf, from_huggingface, from_keras
+from . import sidecar
+from .detect import Match, best_matches, open_container
+from .layout import Layout, Placement, Row
+from .steps import STEPS, Step
+
+Array = npt.NDArray[Any]
+BLOCK_BYTES = 16 << 20
+KV_QUERY_SCALAR = "g2kit.query_pre_attn_scalar"
+
+
+class LazyTensor:
+    """One canonical tensor of an opened checkpoint, read on demand. Thread-safe.
+
+    Attributes:
+        name: canonical name.
+        shape: canonical shape, ``[out_features, in_features]`` for matrices.
+        dtype: element type :meth:`read` returns.
+        source: the foreign tensor it lies in; ``source.quantized`` is set when it is stored in fewer bits.
+    """
+
+    def __init__(
+        self, source: Tensor, placement: Placement, step: Step | None, config: GemmaConfig
+    ) -> None:
+        self.name = placement.canonical
+        self.shape = placement.reorder.canonical_shape
+        self.source = source
+        self.placement = placement
+        self.step = step
+        self.config = config
+        self.dtype = source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array :meth:`read` returns."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def streams_rows(self) -> bool:
+        """Whether any run of rows can be read by itself."""
+        return self.placement.reorder.is_identity
+
+    def read(self) -> Array:
+        """The whole tensor."""
+        return self._undo(
+            self.placement.reorder.to_canonical(self.source.read(self.placement.index))
+        )
+
+    def read_rows(self, start: int, stop: int) -> Array:
+        """Rows ``start:stop`` of axis 0; reads more than that where storage order differs."""
+        if not self.streams_rows:
+            return self.read()[start:stop]
+        _, index, _ = self.placement.rows(start, stop)
+        box = self.source.read(index)
+        return self._undo(box.reshape(stop - start, *self.shape[1:]))
+
+    def blocks(self, limit: int = BLOCK_BYTES) -> Iterator[tuple[int, int, Array]]:
+        """``(start, stop, rows)`` covering axis 0; one block when rows cannot be read apart."""
+        if not self.streams_rows or self.placement.reorder.foreign_shape != self.shape:
+            yield 0, self.shape[0], self.read()
+            return
+        for start, stop in iter_row_blocks(self.shape, self.source.dtype.itemsize, limit):
+            yield start, stop, self.read_rows(start, stop)
+
+    def _undo(self, stored: Array) -> Array:
+        if self.step is None:
+            return stored.astype(self.dtype, copy=False)
+        return self.step.inverse(stored, self.config, self.dtype)
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.name!r}, {self.dtype}, {self.shape})"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint of any format in canonical terms.
+
+    Attributes:
+        path: what the user named.
+        source: the container.
+        layout: the table that fits, expanded.
+        reading: the config, where each value came from, and warnings about it.
+        tensors: canonical name -> lazy tensor, in forward order.
+        sidecars: tokenizer and other files found beside the weights.
+        notes: odd but harmless findings.
+    """
+
+    path: Path
+    source: Source
+    layout: Layout
+    reading: ConfigReading
+    tensors: dict[str, LazyTensor]
+    sidecars: sidecar.Sidecars
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> GemmaConfig:
+        """The model's hyper-parameters."""
+        return self.reading.config
+
+    @property
+    def quantized(self) -> list[str]:
+        """Canonical names stored in fewer bits."""
+        return [n for n, t in self.tensors.items() if t.source.quantized is not None]
+
+    @property
+    def head(self) -> Tensor | None:
+        """A stored output head, which Gemma ties to the embedding; must be compared before it is dropped."""
+        return self.source.tensors.get(canonical.LM_HEAD)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.source.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    config: str | Path | GemmaConfig | None = None,
+    container: str | None = None,
+    gating: str | None = None,
+    fix_config: bool = False,
+) -> Checkpoint:
+    """Open any Gemma 1 or 2 checkpoint. Reads headers and norms only.
+
+    Args:
+        path: file or directory, in any supported format.
+        config: preset name, Hugging Face config.json (or its directory), or a GemmaConfig; wins over what the files say.
+        container: format module to take where a directory holds several.
+        gating: ``df`` or ``fd``, for a Flax checkpoint whose hidden and intermediate sizes are equal.
+        fix_config: correct hyper-parameters known to be wrong in published files.
+
+    Raises:
+        G2Error: any subclass; see :mod:`g2kit.formats.errors`.
+    """
+    path = Path(path)
+    source = open_container(path, container)
+    try:
+        return _open(path, source, config, gating, fix_config)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _open(
+    path: Path,
+    source: Source,
+    config: str | Path | GemmaConfig | None,
+    gating: str | None,
+    fix_config: bool,
+) -> Checkpoint:
+    if any(name.endswith(".weight_scaler") for name in source.tensors):
+        from ..formats.packed import torch_int8
+
+        source = torch_int8.combine(source)
+    fits = best_matches(source)
+    if gating is not None:
+        wanted = (gating == "fd", None)
+        fits = [f for f in fits if f.variant.options.get("transposed") in wanted]
+    sidecars = sidecar.find_sidecars(path, source.format)
+    reading = resolve_config(source, fits, config, sidecars)
+    if fix_config:
+        from ..model.config_formats import fix
+
+        reading = fix(reading)
+    layout = fit_shapes(source, fits, reading.config)
+    tensors = {
+        name: _lazy(source, *layout.placements[name], reading.config) for name in layout.tensors
+    }
+    _restore_norm_dtype(tensors)
+    notes = list(source.notes)
+    checkpoint = Checkpoint(path, source, layout, reading, tensors, sidecars, notes)
+    ignored = [n for n in source.tensors if layout.variant.is_ignored(n)]
+    if ignored:
+        notes.append(f"left out, derived or training state: {', '.join(sorted(ignored)[:4])}")
+    return checkpoint
+
+
+def _lazy(source: Source, row: Row, placement: Placement, config: GemmaConfig) -> LazyTensor:
+    tensor = source.tensors[row.name]
+    if tensor.dtype not in FLOATS:
+        raise DtypeError(
+            f"stored as {tensor.stored}; weights must be bf16, f16, f32 or f64.",
+            where=tensor.where,
+            tensor=tensor.name,
+        )
+    step = STEPS[placement.step] if placement.step else None
+    if step is not None and step.is_identity(config):
+        step = None
+    return LazyTensor(tensor, placement, step, config)
+
+
+def _restore_norm_dtype(tensors: dict[str, LazyTensor]) -> None:
+    """Give norms stored wider than the model (GGUF: 1 + w in float32) the model's dtype back, if that loses nothing."""
+    model = tensors[canonical.EMBED]
+    if model.source.quantized is not None:
+        return
+    for t in tensors.values():
+        if t.step is None or t.dtype.itemsize <= model.dtype.itemsize or len(t.shape) != 1:
+            continue
+        stored = t.source.read(t.placement.index)
+        narrow = t.step.inverse(stored, t.config, model.dtype)
+        if np.array_equal(t.step.forward(narrow, t.config, stored.dtype), stored):
+            t.dtype = model.dtype
+
+
+def resolve_config(
+    source: Source,
+    fits: list[Match],
+    option: str | Path | GemmaConfig | None,
+    sidecars: sidecar.Sidecars,
+) -> ConfigReading:
+    """The config and where it came from: option, then the checkpoint's files, then a released size's shapes.
+
+    Raises:
+        ConfigError: nothing says what the hyper-parameters are, or the sources are unusable.
+    """
+    if option is not None:
+        return config_option(option)
+    if source.format == "gguf":
+        return _from_gguf(source)
+    if source.format == "keras_h5" and "config" in source.metadata:
+        return from_keras(source.metadata["config"])
+    if sidecars.config is not None:
+        return from_huggingface(sidecars.config, sidecars.config_path)
+    return _from_released_shapes(source, fits)
+
+
+def _from_gguf(source: Source) -> ConfigReading:
+    kv = source.metadata["kv"]
+    reading = from_gguf(kv)
+    if KV_QUERY_SCALAR in kv:
+        scalar = float(kv[KV_QUERY_SCALAR])
+        origin = reading.origin | {"query_pre_attn_scalar": f"GGUF key {KV_QUERY_SCALAR}"}
+        config = reading.config.with_(query_pre_attn_scalar=scalar)
+        return ConfigReading(config, origin, reading.warnings)
+    return reading
+
+
+def config_option(option: str | Path | GemmaConfig) -> ConfigReading:
+    """A ``--config`` value: a GemmaConfig, a preset's name, a config.json or a directory with one."""
+    fields = GemmaConfig.__dataclass_fields__
+    if isinstance(option, GemmaConfig):
+        return ConfigReading(option, dict.fromkeys(fields, "config argument"), [])
+    if str(option) in PRESETS:
+        origin = dict.fromkeys(fields, f"preset {option}")
+        return ConfigReading(preset(str(option)).config, origin, [])
+    path = Path(option)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{str(option)!r} is neither a preset nor a config.json.",
+            fix=f"use one of {', '.join(PRESETS)}, or a path to a Hugging Face config.json.",
+        )
+    try:
+        return from_huggingface(load_json(path), path)
+    except OSError as e:
+        raise FileIOError(f"cannot read: {e.strerror}.", where=path) from e
+
+
+def _shapes_differ(
+    source: Source, layout: Layout
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """``(name, found, expected)`` of every tensor whose shape the layout does not allow."""
+    return [
+        (name, source.tensors[name].shape, row.shape)
+        for name, row in layout.rows.items()
+        if source.tensors[name].shape != row.shape
+    ]
+
+
+def _layout(source: Source, fit: Match, config: GemmaConfig) -> Layout:
+    """The fit expanded, with as many embedding rows as the file has."""
+    name = next(r.foreign for r in fit.variant.rules[fit.family] if canonical.EMBED in r.canonical)
+    shape = source.tensors[name].shape
+    rows = shape[0] if shape and shape[0] > config.vocab_size else None
+    return Layout(fit.variant, config, rows)
+
+
+def _from_released_shapes(source: Source, fits: list[Match]) -> ConfigReading:
+    for fit in fits:
+        for name, released in PRESETS.items():
+            config = released.config
+            if config.family != fit.family or config.num_hidden_layers != fit.num_layers:
+                continue
+            if _fused_misfit(fit, config):
+                continue
+            if not _shapes_differ(source, _layout(source, fit, config)):
+                fields = GemmaConfig.__dataclass_fields__
+                return ConfigReading(config, dict.fromkeys(fields, f"shapes, as in {name}"), [])
+    fit = fits[0]
+    some = [n for n in source.tensors if "0" in n or "norm" in n or "embed" in n][:6]
+    listed = ", ".join(f"{n} {source.tensors[n].shape}" for n in some)
+    raise ConfigError(
+        f"{fit.num_layers} layers of {fit.family} with shapes of no released size ({listed}), and no "
+        "configuration beside them. No checkpoint of this kind stores the query scale, soft-caps, "
+        "sliding window, RoPE base and norm epsilon, and g2kit does not guess them.",
+        where=source.path,
+        fix="pass --config with a Hugging Face config.json of this model (or a preset name such as gemma2-2b).",
+    )
+
+
+def _fused_misfit(fit: Match, config: GemmaConfig) -> bool:
+    fused = fit.variant.options.get("fused", False)
+    return fused and config.num_attention_heads != config.num_key_value_heads
+
+
+def fit_shapes(source: Source, fits: list[Match], config: GemmaConfig) -> Layout:
+    """The one table whose shapes all hold under ``config``.
+
+    Raises:
+        ConfigError: the config is another family's or depth's, or orientation cannot be told.
+        ShapeError: shapes contradict the config; lists them and names the released size they fit, if any.
+    """
+    same = [f for f in fits if f.family == config.family]
+    if not same or same[0].num_layers != config.num_hidden_layers:
+        f = (same or fits)[0]
+        raise ConfigError(
+            f"the tensors are {f.num_layers} layers of {f.family}, the configuration says "
+            f"{config.num_hidden_layers} layers of {config.family}.",
+            where=source.path,
+            fix=_looks_like(source, fits) or "pass the configuration of this model with --config.",
+        )
+    candidates = [_layout(source, f, config) for f in same if not _fused_misfit(f, config)]
+    if not candidates:
+        raise ConfigError(
+            "query, key and value are stored as one tensor, which needs as many kv heads as heads; the "
+            f"configuration says {config.num_attention_heads} and {config.num_key_value_heads}.",
+            where=source.path,
+            fix=_looks_like(source, fits) or "pass the configuration of this model with --config.",
+        )
+    wrong = [_shapes_differ(source, layout) for layout in candidates]
+    fitting = [layout for layout, bad in zip(candidates, wrong, strict=True) if not bad]
+    if len(fitting) > 1:
+        return _choose_orientation(source, fitting, config)
+    if fitting:
+        return fitting[0]
+    bad = min(wrong, key=len)
+    lines = [f"{n} is {found}, expected {want}" for n, found, want in bad[:6]]
+    more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
+    raise ShapeError(
+        f"{len(bad)} shapes contradict the configuration: {'; '.join(lines)}{more}.",
+        where=source.path,
+        tensor=bad[0][0] if len(bad) == 1 else None,
+        fix=_looks_like(source, fits) or "pass the configuration of this model with --config.",
+    )
+
+
+def _looks_like(source: Source, fits: list[Match]) -> str | None:
+    try:
+        found = _from_released_shapes(source, fits)
+    except ConfigError:
+        return None
+    name = next(iter(found.origin.values())).rpartition(" ")[2]
+    return f"this looks like {name}; pass --config {name}."
+
+
+def _choose_orientation(source: Source, fitting: list[Layout], config: GemmaConfig) -> Layout:
+    """Both gating orientations fit only when hidden_size equals intermediate_size."""
+    for released in PRESETS.values():
+        if released.config.with_(eos_token_id=config.eos_token_id) == config:
+            return next(
+                x
+                for x in fitting
+                if x.variant.options.get("transposed") == released.gating_transposed
+            )
+    raise ConfigError(
+        f"hidden_size and intermediate_size are both {config.hidden_size}, so shapes do not tell "
+        "whether gating_einsum is [2, d, f] or [2, f, d].",
+        where=source.path,
+        fix="pass --gating df or --gating fd.",
+    )
