@@ -32,6 +32,7 @@ from .gguf_header import (
     read_header,
 )
 from .gguf_writer import KeyValue, plan
+from .names import listing
 from .packed.ggml_blocks import BlockTensor, GgmlBlocks, block_type, known_types
 
 __all__ = ["KeyValue", "open_source", "plan"]
@@ -104,9 +105,8 @@ def _only_model(directory: Path) -> Path:
     if not sets:
         raise FormatError(f"the directory has no {_SUFFIX} file.", where=directory)
     if len(sets) > 1:
-        shown = ", ".join(sorted(sets.values())[:8])
         raise FormatError(
-            f"the directory has {len(sets)} GGUF models: {shown}.",
+            f"the directory has {len(sets)} GGUF models: {listing(sorted(sets.values()))}.",
             where=directory,
             fix="name the file instead of the directory.",
         )
@@ -128,9 +128,8 @@ def _parts(path: Path) -> list[Path]:
     if path.name in missing:
         raise FileIOError("cannot open: No such file or directory.", where=path)
     if missing:
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise MissingTensorError(
-            f"{len(missing)} of {count} parts are missing: {', '.join(missing[:8])}{more}.",
+            f"{len(missing)} of {count} parts are missing: {listing(missing)}.",
             where=path.parent,
             fix="download the missing parts into the same directory.",
         )

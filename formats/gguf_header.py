@@ -16,6 +16,7 @@ import numpy as np
 from .dtypes import BF16, F16, F32, F64, I8
 from .errors import FormatError, LimitError, TruncatedError
 from .files import InputFile
+from .names import MAX_TENSOR_NAME, check_tensor_name
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -57,7 +58,7 @@ MAX_HEADER = 64 << 20
 MAX_KV = 1 << 16
 MAX_TENSORS = 100_000
 MAX_KEY = (1 << 16) - 1
-MAX_NAME = 1024
+MAX_NAME = 4 * MAX_TENSOR_NAME  # bytes
 MAX_STRING = 16 << 20
 MAX_ARRAY = 1 << 24
 MAX_DIMS = 4
@@ -314,11 +315,7 @@ def _scalars(cursor: _Cursor, code: int, count: int, key: str) -> tuple[str, Any
 
 def _tensor(cursor: _Cursor, i: int) -> TensorInfo:
     where = cursor.file.path
-    name = cursor.string(MAX_NAME, f"name of tensor {i}")
-    if not name or not name.isprintable():
-        raise FormatError(
-            f"tensor {i} has the name {name!r}; a printable one is needed.", where=where
-        )
+    name = check_tensor_name(cursor.string(MAX_NAME, f"name of tensor {i}"), where)
     n_dims = cursor.count(4, MAX_DIMS, f"the number of dimensions of {name!r}")
     ne = [cursor.uint(8, f"dimensions of {name!r}") for _ in range(n_dims)]
     # zeros must not hide a huge axis: NumPy multiplies the others

@@ -269,8 +269,11 @@ def serialize(model: SentencePieceModel) -> bytes:
         if kind is not PieceType.NORMAL:
             body += b"\x18" + bytes([kind])
         out += b"\x0a" + _varint(len(body)) + body
-    trainer = _field(3, model.model_type) + _field(4, len(model.pieces))
+    trainer = bytearray(_field(3, model.model_type) + _field(4, len(model.pieces)))
     trainer += _field(24, model.treat_whitespace_as_suffix) + _field(35, model.byte_fallback)
+    for piece, kind in zip(model.pieces, model.types, strict=True):
+        if kind is PieceType.USER_DEFINED:  # transformers takes its added tokens from this list
+            trainer += _field(31, piece.encode("utf-8"))
     for number, name in ((40, "unk"), (41, "bos"), (42, "eos"), (43, "pad")):
         found = model.special_id(name)
         trainer += _field(number, -1 if found is None else found)
@@ -279,7 +282,7 @@ def serialize(model: SentencePieceModel) -> bytes:
     normalizer = _field(1, b"identity" if not model.charsmap else b"user_defined")
     normalizer += _field(2, model.charsmap) + _field(3, model.add_dummy_prefix)
     normalizer += _field(4, model.remove_extra_whitespaces) + _field(5, model.escape_whitespaces)
-    return bytes(out) + _field(2, trainer) + _field(3, normalizer)
+    return bytes(out) + _field(2, bytes(trainer)) + _field(3, normalizer)
 
 
 def _field(number: int, value: int | bytes) -> bytes:
