@@ -1,8 +1,10 @@
-"""A SentencePiece model file (``tokenizer.model``, ``vocabulary.spm``) as plain data: pieces, scores, types, flags.
+"""A SentencePiece model file (``tokenizer.model``, ``vocabulary.spm``) as plain data: pieces,
+scores, types, flags.
 
-SentencePiece's own Python class tells neither which pieces are user-defined nor how text is normalised, and its
-protobuf classes need the protobuf package. The file is a protobuf message of four fields, so it is read here, with
-every length bounded by the file (sentencepiece_model.proto; Protocol Buffers "Encoding").
+SentencePiece's own Python class tells neither which pieces are user-defined nor how text is
+normalised, and its protobuf classes need the protobuf package. The file is a protobuf message of
+four fields, so it is read here, with every length bounded by the file (sentencepiece_model.proto;
+Protocol Buffers "Encoding").
 """
 
 from __future__ import annotations
@@ -259,8 +261,8 @@ _KINDS = {int(kind): kind for kind in PieceType}
 def serialize(model: SentencePieceModel) -> bytes:
     """The model as a tokenizer.model file; :func:`parse` and SentencePiece read it back.
 
-    For vocabularies that arrive in another container (GGUF). Training settings that do not change how text is encoded
-    are not kept.
+    For vocabularies that arrive in another container (GGUF). Training settings that do not change
+    how text is encoded are not kept.
     """
     out = bytearray()
     for piece, score, kind in zip(model.pieces, model.scores, model.types, strict=True):
