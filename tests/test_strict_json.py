@@ -134,15 +134,15 @@ def test_half_a_surrogate_pair():
 
 def test_too_many_values_is_refused_before_they_are_built():
     data = b"[" + b"{}," * 10_000_000 + b"{}]"
-    start = time.perf_counter()
+    start = time.process_time()
     refused(data, LimitError, "20000002 separators, at most 8000000")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_strings_of_quotes_take_no_time():
-    start = time.perf_counter()
+    start = time.process_time()
     refused(b'"' * 30_000_000, FormatError, "Extra data")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_load(tmp_path):
