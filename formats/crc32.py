@@ -12,9 +12,6 @@ from bisect import bisect_left
 from functools import lru_cache
 from threading import Lock
 
-import numpy as np
-import numpy.typing as npt
-
 _POLYNOMIAL = 0xEDB88320  # reflected: bit 31 is x^0
 _ONE = 1 << 31
 
@@ -66,7 +63,7 @@ class PiecewiseCrc32:
         self._lock = Lock()
         self._pieces: list[tuple[int, int, int]] = []  # (start, stop, crc), apart and in order
 
-    def update(self, start: int, data: bytes | memoryview | npt.NDArray[np.uint8]) -> None:
+    def update(self, start: int, data: bytes | memoryview) -> None:
         """Take the bytes at ``start``; ignored when some of them were taken before."""
         self.add(start, start + len(data), zlib.crc32(data))
 
