@@ -75,11 +75,7 @@ def gguf_vocab(
     scores = [*model.scores, *[_PADDING_SCORE] * missing]
     types = [_exported(t) for t in model.types] + [PieceType.UNUSED] * missing
     _apply_added_tokens(config, tokens, scores, types)
-    if len(set(tokens)) != len(tokens):
-        raise TokenizerError(
-            f"two ids have the same text: {listing(sorted(_doubled(tokens)))}.",
-            fix="pass the tokenizer files of this very model.",
-        )
+    _check_distinct(tokens)
     ids = _special_ids(model, config, tokens)
     extras = _gemma1_ids(tokens) if family == "gemma" else []
     return [
@@ -96,8 +92,14 @@ def gguf_vocab(
     ]
 
 
-def _doubled(tokens: list[str]) -> set[str]:
-    return {text for text, n in Counter(tokens).items() if n > 1}
+def _check_distinct(tokens: list[str]) -> None:
+    if len(set(tokens)) == len(tokens):
+        return
+    doubled = [repr(text) for text, n in Counter(tokens).items() if n > 1]
+    raise TokenizerError(
+        f"two ids have the same text: {listing(sorted(doubled))}.",
+        fix="pass the tokenizer files of this very model.",
+    )
 
 
 def _exported(kind: PieceType) -> PieceType:
@@ -109,7 +111,9 @@ def _apply_added_tokens(
     config: Mapping[str, Any], tokens: list[str], scores: list[float], types: list[PieceType]
 ) -> None:
     """What tokenizer_config.json's ``added_tokens_decoder`` says of ids, over what the model file says."""
-    added = config.get("added_tokens_decoder") or {}
+    added = config.get("added_tokens_decoder")
+    if added is None:
+        return
     if not isinstance(added, Mapping):
         raise TokenizerError("tokenizer_config.json: added_tokens_decoder is not an object.")
     for key, entry in added.items():
@@ -232,6 +236,7 @@ def sentencepiece_from_gguf(kv: Mapping[str, Any]) -> bytes:
         text.replace(" ", _SPACE) if kind is PieceType.USER_DEFINED else text
         for text, kind in zip(tokens, kinds, strict=True)
     ]
+    _check_distinct(pieces)
     model = SentencePieceModel(
         tuple(pieces),
         tuple(s if k in _SCORED else 0.0 for s, k in zip(scores, kinds, strict=True)),
