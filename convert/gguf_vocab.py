@@ -284,6 +284,10 @@ def _vocabulary(kv: Mapping[str, Any]) -> tuple[list[str], list[float], list[int
     for i, (text, score, code) in enumerate(zip(tokens, scores, types, strict=True)):
         if not text or "\0" in text or not math.isfinite(score) or code not in _KINDS:
             raise TokenizerError(f"token {i} is {text!r} with score {score} and type {code}.")
+    try:
+        "".join(tokens).encode()
+    except UnicodeEncodeError as e:
+        raise TokenizerError(f"a token has a lone surrogate ({e.object[e.start]!r}).") from e
     return tokens, scores, types
 
 

@@ -347,6 +347,7 @@ def replaced(name: str, i: int, value: Any) -> dict[str, Any]:
         (replaced("scores", 300, float("nan")), "score nan"),
         (replaced("tokens", 300, ""), "token 300 is ''"),
         (replaced("tokens", 300, "a\0b"), "token 300"),
+        (replaced("tokens", 300, "a\ud800"), "lone surrogate"),
         (replaced("tokens", 300, "an"), "same text: 'an'"),
         (replaced("tokens", 24, "<0xZZ>"), "SentencePiece refuses"),
         ({**replaced("tokens", 2, "x"), f"{GGML}bos_token_id": 512}, "bos_token_id is 512"),
