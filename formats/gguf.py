@@ -138,7 +138,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _check_split(headers: list[Header], paths: list[Path]) -> None:
     for i, (header, path) in enumerate(zip(headers, paths, strict=True)):
-        count, no = _integer(header, SPLIT_COUNT, 1), _integer(header, SPLIT_NO, 0)
+        count, no = _integer(header, path, SPLIT_COUNT, 1), _integer(header, path, SPLIT_NO, 0)
         if (count, no) == (len(paths), i) or (len(paths) == 1 and count == 0):
             continue
         raise MissingTensorError(
@@ -147,7 +147,7 @@ def _check_split(headers: list[Header], paths: list[Path]) -> None:
             fix="give every part the name it had: STEM-00001-of-0000N.gguf, and so on.",
         )
     found = sum(len(h.tensors) for h in headers)
-    total = _integer(headers[0], SPLIT_TENSORS, found)
+    total = _integer(headers[0], paths[0], SPLIT_TENSORS, found)
     if len(paths) > 1 and total != found:
         raise MissingTensorError(
             f"the parts hold {found} tensors, {SPLIT_TENSORS} says {total}.",
@@ -156,10 +156,10 @@ def _check_split(headers: list[Header], paths: list[Path]) -> None:
         )
 
 
-def _integer(header: Header, key: str, default: int) -> int:
+def _integer(header: Header, path: Path, key: str, default: int) -> int:
     value = header.kv.get(key, default)
     if not isinstance(value, int):
-        raise FormatError(f"{key} is {header.kv_types[key]}; it must be an integer.")
+        raise FormatError(f"{key} is {header.kv_types[key]}; it must be an integer.", where=path)
     return value
 
 
