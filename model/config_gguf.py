@@ -1,5 +1,4 @@
-"""GemmaConfig from and to GGUF key-values, as llama.cpp's ``convert_hf_to_gguf.py`` writes and its
-loader reads them.
+"""GemmaConfig from and to GGUF key-values, as llama.cpp's converter writes and its loader reads them.
 
 Three things are in no key: the vocabulary size (the length of the token list), the RoPE base (10000
 unless a key says otherwise) and the query scale, which llama.cpp derives from the number of layers.
@@ -7,7 +6,7 @@ unless a key says otherwise) and the query scale, which llama.cpp derives from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -41,9 +40,13 @@ def llama_cpp_query_scalar(config: GemmaConfig) -> float:
     file whose model has another scalar is right only if its query projections are multiplied by
     ``sqrt(llama_cpp_query_scalar / query_pre_attn_scalar)``.
     """
-    if config.family == "gemma2" and config.num_hidden_layers == _LAYERS_OF_27B:
-        return float(config.hidden_size // config.num_attention_heads)
-    return float(config.head_dim)
+    return _assumed_scalar(vars(config))
+
+
+def _assumed_scalar(sizes: Mapping[str, Any]) -> float:
+    if sizes["family"] == "gemma2" and sizes["num_hidden_layers"] == _LAYERS_OF_27B:
+        return float(sizes["hidden_size"] // max(sizes["num_attention_heads"], 1))
+    return float(sizes["head_dim"])
 
 
 def from_gguf(kv: Mapping[str, Any], where: Where = None) -> ConfigReading:
@@ -76,6 +79,8 @@ def from_gguf(kv: Mapping[str, Any], where: Where = None) -> ConfigReading:
     if keys.missing:
         lacks = ", ".join(keys.missing.values())
         raise keys.error(f"the file's metadata lacks {lacks}.", _REGENERATE)
+    origin = "llama.cpp's rule for this number of layers, there is no key"
+    keys.set("query_pre_attn_scalar", _assumed_scalar(keys.values), origin)
     return keys.reading(fill=False)
 
 
@@ -125,26 +130,27 @@ def _rope(keys: Keys, arch: str) -> None:
 
 
 def _vocabulary(keys: Keys, arch: str) -> None:
-    _, tokens = keys.raw("tokenizer.ggml.tokens")
-    listed = isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes)
-    if isinstance(tokens, np.ndarray) or listed:
-        keys.set("vocab_size", len(tokens), f"{keys.label} tokenizer.ggml.tokens")
+    name, tokens = keys.raw("tokenizer.ggml.tokens")
+    listed = list(tokens) if isinstance(tokens, list | tuple | np.ndarray) else []
+    real = len(listed)
+    while real and listed[real - 1] == f"[PAD{real - 1}]":  # llama.cpp's name of a padding row
+        real -= 1
+    if listed:
+        padding = len(listed) - real
+        note = f" ({padding} of {len(listed)} are padding)" if padding else ""
+        keys.set("vocab_size", real, f"{keys.label} {name}{note}")
     else:
         keys.whole("vocab_size", f"{arch}.vocab_size")
-        keys.missing.update(
-            {"vocab_size": "tokenizer.ggml.tokens"} if "vocab_size" in keys.missing else {}
-        )
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        keys.token_ids(f"{name}_token_id", f"tokenizer.ggml.{key}_token_id")
+    if "vocab_size" in keys.missing:
+        keys.missing["vocab_size"] = name
+    for field, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        keys.token_ids(f"{field}_token_id", f"tokenizer.ggml.{key}_token_id")
     _, template = keys.raw("tokenizer.chat_template")
-    if isinstance(template, str) and _END_OF_TURN in template and listed:
-        try:
-            turn = tokens.index(_END_OF_TURN)
-        except ValueError:
-            return
+    if isinstance(template, str) and _END_OF_TURN in template and _END_OF_TURN in listed:
         eos = keys.values.get("eos_token_id", (1,))
-        if turn not in eos:
-            keys.set("eos_token_id", (*eos, turn), f"{keys.label} tokenizer.chat_template")
+        turn = (listed.index(_END_OF_TURN),)
+        if turn[0] not in eos:
+            keys.set("eos_token_id", eos + turn, f"{keys.label} tokenizer.chat_template")
 
 
 def to_gguf(config: GemmaConfig, name: str, file_type: int) -> list[tuple[str, str, Any]]:

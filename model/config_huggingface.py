@@ -233,7 +233,7 @@ def to_huggingface(config: GemmaConfig, dtype: np.dtype | None = None) -> dict[s
             "attn_logit_softcapping": config.attn_logit_softcapping,
             "final_logit_softcapping": config.final_logit_softcapping,
             "layer_types": list(config.layer_types),
-            "query_pre_attn_scalar": _whole_scalar(config),
+            "query_pre_attn_scalar": _plain_scalar(config),
             "sliding_window": config.sliding_window,
         }
     elif config.query_pre_attn_scalar != config.head_dim:
@@ -258,11 +258,7 @@ def _torch_name(dtype: np.dtype) -> str:
         ) from None
 
 
-def _whole_scalar(config: GemmaConfig) -> int:
-    # transformers 5 declares the field an int and refuses anything else
-    if config.query_pre_attn_scalar != int(config.query_pre_attn_scalar):
-        raise ConfigError(
-            f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; Hugging Face's Gemma 2 takes whole "
-            "numbers only."
-        )
-    return int(config.query_pre_attn_scalar)
+def _plain_scalar(config: GemmaConfig) -> int | float:
+    """A whole number where it is one: transformers 5 declares the field an int and refuses others."""
+    scalar = config.query_pre_attn_scalar
+    return int(scalar) if scalar == int(scalar) else scalar

@@ -38,8 +38,9 @@ _FIXED = "fixed in KerasHub"
 
 
 def from_keras(config: Mapping[str, Any], where: Where = None) -> ConfigReading:
-    """Read a preset's config.json: GemmaBackbone's own arguments, or the serialized backbone or
-    task around them.
+    """Read a preset's config.json, parsed.
+
+    It may be GemmaBackbone's own arguments, or the serialized backbone or task around them.
 
     Args:
         config: the file, parsed.
@@ -124,11 +125,10 @@ def _refuse_gemma1_extras(keys: Keys) -> None:
 
 
 def _query_scalar(keys: Keys, by_head_dim: bool) -> None:
-    names = ("head_dim",) if by_head_dim else ("hidden_size", "num_attention_heads")
-    values = [keys.values.get(name) for name in names]
-    if all(isinstance(v, int) and v > 0 for v in values):
-        scalar = values[0] if by_head_dim else values[0] // values[1]  # type: ignore[operator]
-        keys.set("query_pre_attn_scalar", float(scalar or 0), "Keras key query_head_dim_normalize")
+    width, heads = keys.values.get("hidden_size", 0), keys.values.get("num_attention_heads", 0)
+    by_width = width // max(heads, 1)  # no heads at all is refused with the other sizes
+    scalar = keys.values.get("head_dim", 0) if by_head_dim else by_width
+    keys.set("query_pre_attn_scalar", float(scalar), "Keras key query_head_dim_normalize")
 
 
 def to_keras(config: GemmaConfig) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""Mistakes that are known to go round in configurations of the released sizes, and how to tell
-those sizes.
+"""Mistakes known to go round in configurations of the released sizes, and how to tell those sizes.
 
 Sources: Gemma 2 (arXiv 2408.00118) table 1 and section 2; google/gemma_pytorch ``config.py``;
 huggingface/transformers #31891 and google/gemma_pytorch commit 03e6575 (query scale of the 9B);

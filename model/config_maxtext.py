@@ -1,5 +1,4 @@
-"""GemmaConfig from and to MaxText's model configuration (``configs/models/gemma2-2b.yml`` and its
-relatives).
+"""GemmaConfig from and to MaxText's model configuration (``configs/models/gemma2-2b.yml``).
 
 For Gemma 2 MaxText counts pairs of one local and one global layer. Its query projections are stored
 with the query scale multiplied in, so no key holds the scale.

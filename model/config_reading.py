@@ -1,5 +1,4 @@
-"""What a framework's own configuration says about a model, field by field, and where each value
-came from.
+"""What a framework's own configuration says about a model, and where each value came from.
 
 Every ``from_…`` function of this folder reads its keys through :class:`Keys`, which reports
 everything that is missing at once, and returns a :class:`ConfigReading`.

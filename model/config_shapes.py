@@ -1,9 +1,8 @@
-"""The configuration when nothing but array shapes is known: Flax and gemma_pytorch checkpoints
-carry no config.
+"""The configuration when nothing but array shapes is known.
 
-L, D, F, H, K and h tell the five released sizes apart. What no checkpoint stores (query scale,
-soft-caps, window, RoPE base, epsilon) comes from the released size or from the user, never from a
-guess.
+Flax and gemma_pytorch checkpoints carry no config. L, D, F, H, K and h tell the five released sizes
+apart. What no checkpoint stores (query scale, soft-caps, window, RoPE base, epsilon) comes from the
+released size or from the user, never from a guess.
 
 Axes are those of :attr:`GemmaConfig.axes` plus ``layers``; where a container only shows products,
 ``(n h)`` and ``(k h)`` stand for them.
