@@ -1,0 +1,431 @@
+"""Decoded chunks between reads, in bounded memory and from any thread.
+
+An official release stores a whole tensor as one compressed chunk, which can only be decoded from its start, while readers
+want its halves (gate, up), its rows or its layers. So every chunk in use is in one of these states:
+
+- a *cursor*: a decoder that stopped where the last read ended. Reads in order continue it and keep nothing. A read
+  that comes a little early (two threads) keeps the skipped part in memory until it is asked for.
+- *loaded*, after a read that goes back or needs every n-th run (layers stacked along axis 1): decoded once, into memory if
+  small, else into an unlinked temporary file. Memory is bounded for all chunks together: the chunk used
+  longest ago moves to a temporary file too.
+
+A chunk whose every byte has been handed out is forgotten.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import FileIOError, ResourceError, SpaceError
+from .zarr_decode import DECODERS, U8, Decoder, Place
+
+Box = Sequence[tuple[int, int]]
+_COPY_BLOCK = 4 << 20
+_SHORT_RUN = 4 << 10  # below this, reading what lies between is cheaper than one call per run
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    """How much one opened checkpoint may keep.
+
+    Attributes:
+        memory: bytes of decoded data in memory, all chunks together.
+        chunk: largest chunk that is loaded into memory rather than a temporary file.
+        gap: most bytes kept because a later part of a chunk was asked for first.
+        cursors: decoders open at once (each about 2 MB).
+    """
+
+    memory: int = 256 << 20
+    chunk: int = 128 << 20
+    gap: int = 64 << 20
+    cursors: int = 64
+
+
+class Scratch:
+    """An unlinked temporary file; its space is free again when it is closed, or the process dies.
+
+    Raises:
+        SpaceError: the file system has too little room.
+        FileIOError: it cannot be created, written or read.
+    """
+
+    def __init__(self, directory: Path | None, nbytes: int) -> None:
+        self.where = directory or Path(tempfile.gettempdir())
+        self.file = None
+        try:
+            room = os.statvfs(self.where)
+            free = room.f_bavail * room.f_frsize
+            if free < nbytes:
+                raise self._full(
+                    f"{nbytes} bytes are needed for one decoded chunk, {free} are free"
+                )
+            self.file = tempfile.TemporaryFile(dir=self.where, buffering=0)  # noqa: SIM115
+        except OSError as e:
+            raise self._failed(e) from e
+        self.fd = self.file.fileno()
+
+    def write(self, offset: int, data: U8) -> None:
+        """Store bytes at an offset."""
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self.fd, data[done:].data, offset + done)
+        except OSError as e:
+            raise self._failed(e) from e
+
+    def read_into(self, offset: int, out: U8) -> None:
+        """Fill ``out`` from an offset."""
+        done = 0
+        try:
+            while done < len(out):
+                n = os.preadv(self.fd, [out[done:].data], offset + done)
+                if n == 0:
+                    raise FileIOError("a temporary file became shorter.", where=self.where)
+                done += n
+        except OSError as e:
+            raise self._failed(e) from e
+
+    def close(self) -> None:
+        """Free the space; closing twice is harmless."""
+        if self.file is not None:
+            self.file.close()
+
+    def _failed(self, e: OSError) -> ResourceError:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return self._full(f"writing a decoded chunk failed: {e.strerror}")
+        return FileIOError(f"temporary file: {e.strerror}.", where=self.where)
+
+    def _full(self, what: str) -> SpaceError:
+        return SpaceError(
+            f"{what}.", where=self.where, fix="free some space, or set TMPDIR to a larger disk."
+        )
+
+
+class _Entry:
+    """One chunk's state; everything but ``dead`` belongs to the holder of ``lock``."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.decoder: Decoder | None = None
+        self.lost = False  # the cursor was closed to make room
+        self.segments: list[_Segment] = []
+        self.data: U8 | None = None
+        self.spill: Scratch | None = None
+        self.served = 0
+        self.held = 0  # bytes reserved in the pool
+        self.dead = False
+
+    @property
+    def position(self) -> int:
+        return self.decoder.position if self.decoder else 0
+
+
+@dataclass
+class _Segment:
+    """Decoded bytes that nobody asked for yet."""
+
+    start: int
+    data: U8
+    left: int
+
+
+class ChunkPool:
+    """All chunks in use of one opened checkpoint.
+
+    Args:
+        limits: see :class:`PoolLimits`.
+        scratch: directory for temporary files, asked for each time; None means the system's.
+    """
+
+    def __init__(self, limits: PoolLimits, scratch: Callable[[], Path | None]) -> None:
+        self.limits = limits
+        self._scratch = scratch
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # used longest ago first
+        self._used = 0
+
+    def read(
+        self, key: Hashable, place: Place, shape: Sequence[int], itemsize: int, box: Box, out: U8
+    ) -> None:
+        """Copy a box of one chunk.
+
+        Args:
+            key: identifies the chunk.
+            place: where it is stored.
+            shape: its elements on every axis.
+            itemsize: bytes per element.
+            box: ``(start, stop)`` on every axis, not empty.
+            out: flat bytes of the box in row-major order.
+        """
+        if place.codec == "raw":
+            value = place.open()
+            try:
+                copy_box(
+                    lambda offset, part: value.read_into(place.start + offset, part),
+                    shape, itemsize, box, out,
+                )  # fmt: skip
+            finally:
+                value.close()
+            return
+        entry = self._locked(key)
+        try:
+            run = one_run(shape, itemsize, box)
+            if run is not None:
+                self._read_run(entry, place, run[0], out)
+            else:
+                if entry.data is None and entry.spill is None:
+                    self._load(entry, place)
+                self._gather(entry, shape, itemsize, box, out)
+            entry.served += len(out)
+            if entry.served >= place.nbytes:
+                self._forget(key, entry)
+        except BaseException:
+            self._forget(key, entry)
+            raise
+        finally:
+            entry.lock.release()
+
+    def close(self) -> None:
+        """Give back memory, temporary files and file descriptors; the pool can be used again."""
+        while True:
+            with self._lock:
+                if not self._entries:
+                    return
+                key, entry = next(iter(self._entries.items()))
+            with entry.lock:
+                self._forget(key, entry)
+
+    def _locked(self, key: Hashable) -> _Entry:
+        """The chunk's entry, its lock held."""
+        while True:
+            with self._lock:
+                entry = self._entries.setdefault(key, _Entry())
+                self._entries.move_to_end(key)
+            entry.lock.acquire()
+            if not entry.dead:
+                return entry
+            entry.lock.release()  # forgotten while this thread waited for it
+
+    def _read_run(self, e: _Entry, place: Place, start: int, out: U8) -> None:
+        if self._loaded(e, start, out) or self._from_segment(e, start, out):
+            return
+        if start == 0 and e.decoder is not None:  # from the beginning again
+            self._close_cursor(e, lost=False)
+        gap = start - e.position
+        in_order = gap == 0 and not (e.lost and start)
+        early = 0 < gap <= self.limits.gap and not e.lost and self._reserve(e, gap)
+        if not (in_order or early):
+            self._load(e, place)
+            self._loaded(e, start, out)
+            return
+        decoder = e.decoder or self._open_cursor(e, place)
+        if gap:
+            skipped = np.empty(gap, np.uint8)
+            segment = _Segment(decoder.position, skipped, gap)
+            decoder.read_into(skipped)
+            e.segments.append(segment)
+        decoder.read_into(out)
+
+    @staticmethod
+    def _loaded(e: _Entry, start: int, out: U8) -> bool:
+        if e.data is not None:
+            out[:] = e.data[start : start + len(out)]
+        elif e.spill is not None:
+            e.spill.read_into(start, out)
+        return e.data is not None or e.spill is not None
+
+    def _from_segment(self, e: _Entry, start: int, out: U8) -> bool:
+        for s in e.segments:
+            a = start - s.start
+            if a >= 0 and a + len(out) <= len(s.data):
+                out[:] = s.data[a : a + len(out)]
+                s.left -= len(out)
+                if s.left <= 0:
+                    e.segments.remove(s)
+                    self._release(e, len(s.data))
+                return True
+        return False
+
+    @staticmethod
+    def _gather(e: _Entry, shape: Sequence[int], itemsize: int, box: Box, out: U8) -> None:
+        if e.data is not None:
+            item = np.dtype(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
+            part = e.data.view(item).reshape(shape)[tuple(slice(*ab) for ab in box)]
+            out.view(item).reshape(part.shape)[...] = part
+        else:
+            assert e.spill is not None
+            copy_box(e.spill.read_into, shape, itemsize, box, out)
+
+    def _load(self, e: _Entry, place: Place) -> None:
+        """Decode the whole chunk, into memory if it may stay there, else into a temporary file."""
+        self._close_cursor(e, lost=False)
+        self._drop_segments(e)
+        decoder = DECODERS[place.codec](place)
+        try:
+            if place.nbytes <= self.limits.chunk and self._reserve(e, place.nbytes):
+                data = np.empty(place.nbytes, np.uint8)
+                decoder.read_into(data)
+                e.data = data
+                return
+            e.spill = spill = Scratch(self._scratch(), place.nbytes)
+            buffer = np.empty(min(_COPY_BLOCK, place.nbytes), np.uint8)
+            while decoder.position < place.nbytes:
+                offset = decoder.position
+                part = buffer[: place.nbytes - offset]
+                decoder.read_into(part)
+                spill.write(offset, part)
+        finally:
+            decoder.close()
+
+    def _open_cursor(self, e: _Entry, place: Place) -> Decoder:
+        self._make_room_for_cursor()
+        e.decoder = DECODERS[place.codec](place)
+        e.lost = False
+        return e.decoder
+
+    def _make_room_for_cursor(self) -> None:
+        """Close the cursor used longest ago when too many are open."""
+        with self._lock:
+            open_ones = [e for e in self._entries.values() if e.decoder is not None]
+            if len(open_ones) < self.limits.cursors:
+                return
+            victim = next((e for e in open_ones if e.lock.acquire(blocking=False)), None)
+        if victim is not None:
+            self._close_cursor(victim, lost=True)
+            victim.lock.release()
+
+    @staticmethod
+    def _close_cursor(e: _Entry, lost: bool) -> None:
+        if e.decoder is not None:
+            e.decoder.close()
+            e.decoder = None
+            e.lost = lost
+
+    def _drop_segments(self, e: _Entry) -> None:
+        self._release(e, sum(len(s.data) for s in e.segments))
+        e.segments = []
+
+    def _reserve(self, e: _Entry, nbytes: int) -> bool:
+        """Make room in memory; False when others hold it and are busy."""
+        if nbytes > self.limits.memory:
+            return False
+        while True:
+            with self._lock:
+                if self._used + nbytes <= self.limits.memory:
+                    self._used += nbytes
+                    e.held += nbytes
+                    return True
+                victim = next(
+                    (
+                        v
+                        for v in self._entries.values()
+                        if v.held and v.lock.acquire(blocking=False)
+                    ),
+                    None,
+                )
+            if victim is None:
+                return False
+            try:
+                self._evict(victim)
+            finally:
+                victim.lock.release()
+
+    def _release(self, e: _Entry, nbytes: int) -> None:
+        with self._lock:
+            self._used -= nbytes
+            e.held -= nbytes
+
+    def _evict(self, v: _Entry) -> None:
+        data, v.data = v.data, None
+        if data is not None:
+            try:
+                spill = Scratch(self._scratch(), len(data))
+                spill.write(0, data)
+                v.spill = spill
+            except ResourceError:
+                pass  # it is decoded again when it is needed again
+        self._close_cursor(v, lost=True)
+        v.segments = []
+        self._release(v, v.held)
+
+    def _forget(self, key: Hashable, e: _Entry) -> None:
+        self._close_cursor(e, lost=False)
+        if e.spill is not None:
+            e.spill.close()
+        e.data, e.spill, e.segments = None, None, []
+        self._release(e, e.held)
+        with self._lock:
+            e.dead = True
+            if self._entries.get(key) is e:
+                del self._entries[key]
+
+
+def one_run(shape: Sequence[int], itemsize: int, box: Box) -> tuple[int, int] | None:
+    """Byte offset and length of a box inside a row-major array, or None when it is not one run of bytes."""
+    start, many = 0, False
+    for n, (a, b) in zip(shape, box, strict=True):
+        if many and b - a != n:
+            return None
+        many = many or b - a > 1
+        start = start * n + a
+    return start * itemsize, math.prod(b - a for a, b in box) * itemsize
+
+
+def copy_box(
+    read: Callable[[int, U8], None],
+    shape: Sequence[int],
+    itemsize: int,
+    box: Box,
+    out: U8,
+    base: int = 0,
+) -> None:
+    """Copy a box out of a row-major array that can only be read by byte ranges.
+
+    Args:
+        read: ``read(offset, out)`` fills ``out`` from a byte offset.
+        shape: the array's.
+        itemsize: bytes per element.
+        box: ``(start, stop)`` on every axis.
+        out: flat bytes of the box in row-major order.
+        base: offset of the array's first byte.
+    """
+    run = one_run(shape, itemsize, box)
+    if run is not None:
+        read(base + run[0], out)
+        return
+    (first, last), rest = box[0], box[1:]
+    row = math.prod(shape[1:]) * itemsize
+    part = len(out) // (last - first)
+    if _innermost(shape[1:], itemsize, rest) < _SHORT_RUN and row <= _COPY_BLOCK:
+        step = max(1, _COPY_BLOCK // row)
+        inside = (slice(None), *(slice(*ab) for ab in rest))
+        for i in range(first, last, step):
+            rows = np.empty((min(step, last - i), *shape[1:], itemsize), np.uint8)
+            read(base + i * row, rows.reshape(-1))
+            chosen = rows[inside].reshape(-1)
+            at = (i - first) * part
+            out[at : at + len(chosen)] = chosen
+        return
+    for i in range(first, last):
+        at = (i - first) * part
+        copy_box(read, shape[1:], itemsize, rest, out[at : at + part], base + i * row)
+
+
+def _innermost(shape: Sequence[int], itemsize: int, box: Box) -> int:
+    """Bytes of one run of a box."""
+    length = itemsize
+    for n, (a, b) in zip(reversed(shape), reversed(box), strict=True):
+        length *= b - a
+        if b - a != n:
+            break
+    return length
