@@ -115,6 +115,7 @@ class Output:
         self._journal: Journal | None = None
         self._created = self._landing = False
         self._broken: BaseException | None = None
+        self._sealing: threading.Thread | None = None
         self._syncer = _Repeat("g2kit-sync", self._flush_if_due, self._fail)
         self._hasher = _Repeat("g2kit-hash", self._hashes.advance, self._fail)
 
@@ -217,6 +218,7 @@ class Output:
             stack.callback(self._save_progress)
             stack.callback(self._hasher.stop)
             stack.callback(self._syncer.stop)
+            stack.callback(self._join_sealing)
         self._journal = None
 
     def _save_progress(self) -> None:
@@ -305,6 +307,35 @@ class Output:
 
     # ---- finishing
 
+    def seal(self) -> Path:
+        """Everything is written: fill in the checksums; syncing goes on while the caller reads the result.
+
+        Returns:
+            The output as it will be, but for its manifest and its place.
+
+        Raises:
+            LayoutError: a byte of a slot was never written.
+        """
+        if self.committed:
+            return self._stage.dst
+        if self._sealing is None:
+            self._check()
+            self._syncer.stop()
+            self._require_everything()
+            self._checksums.finish()
+            self._sealing = threading.Thread(target=self._flush_quietly, name="g2kit-seal")
+            if self._background:
+                self._sealing.start()
+        return self._stage.payload
+
+    def _flush_quietly(self) -> None:
+        with suppress(BaseException):  # kept by _fail, raised by the next call
+            self._flush()
+
+    def _join_sealing(self) -> None:
+        if self._sealing is not None and self._sealing.ident is not None:
+            self._sealing.join()
+
     def finish(self, manifest: mf.Manifest) -> mf.Manifest:
         """Checksums, manifest, durability, and the rename that makes it visible.
 
@@ -321,10 +352,8 @@ class Output:
         """
         if self.committed:
             return mf.load(self._stage.final_manifest)
-        self._check()
-        self._syncer.stop()
-        self._require_everything()
-        self._checksums.finish()
+        self.seal()
+        self._join_sealing()
         self._flush()
         self._hasher.stop()
         self._check()

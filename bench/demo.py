@@ -1,0 +1,69 @@
+"""The one-minute demo: the bundled model through every container and back, then transformers generates from it.
+
+Runs the installed commands as a user would and prints them; every step's fingerprint must be the first one's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CHAIN = (
+    # command, destination
+    ("sample {dst} --to flax", "1-flax"),
+    ("flax-to-safetensors {src} {dst}", "2-safetensors"),
+    ("safetensors-to-torch {src} {dst}", "3-torch"),
+    ("torch-to-gguf {src} {dst}", "4-gguf"),
+    ("gguf-to-safetensors {src} {dst}", "5-safetensors"),
+    ("safetensors-to-flax {src} {dst}", "6-flax"),
+)
+PROMPT = "The function returns"
+
+
+def g2conv(*args: str) -> str:
+    """Run the command, show it, return its stdout."""
+    print(f"$ g2conv {' '.join(args)}", flush=True)
+    done = subprocess.run(["g2conv", *args], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def main(root: Path) -> None:
+    if root.exists():
+        shutil.rmtree(root)
+    root.mkdir(parents=True)
+    src, prints = "", {}
+    for command, name in CHAIN:
+        dst = str(root / name)
+        print(g2conv(*command.format(src=src, dst=dst).split()))
+        src = dst
+        prints[name] = json.loads(g2conv("fingerprint", dst, "--json"))["fingerprint"]
+        print(f"{prints[name]}\n")
+    print(g2conv("inspect", str(root / "2-safetensors")))
+    if len(set(prints.values())) != 1:
+        sys.exit(f"the fingerprints differ: {prints}")
+    print(f"\nall {len(prints)} checkpoints have the fingerprint {next(iter(prints.values()))}\n")
+    generate(root / "2-safetensors")
+
+
+def generate(directory: Path) -> None:
+    """transformers loads our directory, tokenizer included, and continues a prompt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    print(f"transformers, from {directory}:")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    batch = tokenizer(PROMPT, return_tensors="pt")
+    out = model.generate(**batch, max_new_tokens=40, do_sample=False)
+    print(f"  {tokenizer.decode(out[0], skip_special_tokens=True)!r}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

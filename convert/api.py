@@ -1,0 +1,535 @@
+"""The library calls behind the commands: convert, inspect, fingerprint, check, sample. Plain data out."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import __version__
+from ..formats import manifest as manifests
+from ..formats.errors import (
+    ChecksumError,
+    FormatError,
+    ParityError,
+    ResumeError,
+    UsageError,
+)
+from ..formats.fingerprint import fingerprint as fingerprint_of
+from ..formats.fingerprint import leaf
+from ..formats.manifest import FileEntry, LossyStep, Manifest, TensorEntry
+from ..formats.output import Output
+from ..model import canonical
+from ..model.config import GemmaConfig
+from ..model.config_formats import closest_preset  # noqa: F401  (part of the public vocabulary)
+from . import digest
+from .open import Checkpoint, open_checkpoint
+from .plan import Conversion, Options, dtype_label, plan_conversion, plan_hash_inputs
+from .stream import TaskRecord, run_tasks
+from .targets import SOURCES, TARGETS, framework_of
+
+Report = dict[str, Any]
+
+
+class Progress(Protocol):
+    """What a caller may pass to watch long work; :class:`g2kit.terminal.Meter` is one."""
+
+    def start(self, total: int, what: str) -> None:
+        """A phase of ``total`` bytes begins."""
+
+    def __call__(self, nbytes: int, name: str) -> None:
+        """``nbytes`` more are done, of tensor ``name``."""
+
+
+class _Silent:
+    def start(self, total: int, what: str) -> None:
+        pass
+
+    def __call__(self, nbytes: int, name: str) -> None:
+        pass
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str,
+    source: str | None = None,
+    layout: str | None = None,
+    config: str | Path | GemmaConfig | None = None,
+    fix_config: bool = False,
+    gating: str | None = None,
+    dtype: str = "keep",
+    max_shard_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    check: str = "weights",
+    drop_padding: bool = False,
+    fold_query_scale: bool = False,
+    dry_run: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert the checkpoint at ``src`` to ``dst``.
+
+    Args:
+        src: any supported checkpoint; left untouched.
+        dst: directory to make, or a single file where the suffix says so (``.gguf``, ``.ckpt``, ``.safetensors``…).
+        to: ``flax``, ``torch``, ``safetensors``, ``gguf``, ``maxtext`` or ``keras``.
+        source: framework the source must be, or None for any.
+        layout: layout of the target; None for its usual one.
+        config: preset name, config.json or GemmaConfig, for checkpoints that carry none.
+        fix_config: correct hyper-parameters known to be wrong in published files.
+        gating: ``df`` or ``fd``; see :func:`g2kit.convert.open_checkpoint`.
+        dtype: ``keep``, ``bf16``, ``f16`` or ``f32``.
+        max_shard_size: bytes per file, or None for one file.
+        tokenizer: tokenizer.model to put into the output instead of the one found.
+        check: ``weights`` re-opens the output and compares every tensor's hash; ``none`` does not.
+        drop_padding: leave out embedding rows past vocab_size though they are not all zero.
+        fold_query_scale: GGUF: scale the query projection for llama.cpp although that rounds.
+        dry_run: plan only; write nothing.
+        resume: continue an interrupted run of the same conversion; False starts afresh.
+        overwrite: replace ``dst`` once the new copy is complete.
+        progress: told of phases and bytes.
+
+    Returns:
+        A report: source, output, fingerprints, lossy steps with counts, notes, timing. JSON-ready.
+
+    Raises:
+        G2Error: any subclass; ``dst`` is untouched. See :mod:`g2kit.formats.errors`.
+    """
+    began = time.monotonic()
+    meter = progress or _Silent()
+    src, dst = Path(src), Path(dst)
+    if to not in TARGETS:
+        raise UsageError(f"{to!r} is not a framework.", fix=f"use one of {', '.join(TARGETS)}.")
+    if check not in ("weights", "none"):
+        raise UsageError(f"check must be weights or none, not {check!r}.")
+    options = Options(
+        to, layout, dtype, max_shard_size, gating, drop_padding, fold_query_scale,
+        None if tokenizer is None else str(tokenizer),
+    )  # fmt: skip
+    with _open(src, source, config, gating, fix_config) as checkpoint:
+        plan = plan_conversion(checkpoint, dst, options)
+        if dry_run:
+            return _plan_report(plan, dst)
+        records, files, resumed, checked = _execute(plan, dst, check, resume, overwrite, meter)
+        return _result_report(plan, dst, records, files, resumed, checked, began)
+
+
+def _open(
+    path: Path,
+    source: str | None,
+    config: str | Path | GemmaConfig | None,
+    gating: str | None,
+    fix_config: bool,
+) -> Checkpoint:
+    container = TARGETS[source].container if source else None
+    checkpoint = open_checkpoint(
+        path, config=config, container=container, gating=gating, fix_config=fix_config
+    )
+    found = framework_of(checkpoint.layout.variant.name)
+    if source is not None and checkpoint.layout.variant.name not in SOURCES[source]:
+        checkpoint.close()
+        raise UsageError(
+            f"the source is {found} ({checkpoint.layout.variant.describe}), the command says {source}.",
+            where=path,
+            fix=f"use `g2conv {found}-to-…`, or `g2conv convert SRC DST --to …` for any source.",
+        )
+    return checkpoint
+
+
+def _execute(
+    plan: Conversion, dst: Path, check: str, resume: bool, overwrite: bool, meter: Progress
+) -> tuple[dict[str, TaskRecord], dict[str, FileEntry], int, int]:
+    checkpoint = plan.checkpoint
+    identity = {"source": _source_identity(checkpoint), "tool": __version__}
+
+    with Output(
+        dst,
+        plan.files,
+        plan.slots,
+        plan_hash_inputs(plan, identity),
+        overwrite=overwrite,
+        resume=resume,
+        sources=checkpoint.source.files or (checkpoint.path,),
+        single_file=plan.single_file,
+        extra=plan.extra,
+    ) as out:
+        checkpoint.source.scratch = out.partial
+        times = _modification_times(checkpoint)
+        _require_same_source(checkpoint, out.done, times)
+
+        def complete(name: str, record: Mapping[str, Any]) -> None:
+            out.complete(name, {**record, "times": times})
+
+        meter.start(plan.nbytes, "converting")
+        records = run_tasks(plan.tasks, out.write, complete, out.done, meter)
+        checkpoint.source.check_unchanged()
+        checked = 0
+        if check == "weights":
+            meter.start(plan.nbytes, "checking")
+            checked = _check_written(plan, out.seal(), records, meter)
+        manifest = out.finish(_manifest(plan, records))
+        plan.notes += out.notes
+        return records, dict(manifest.files), len(out.done), checked
+
+
+def _modification_times(checkpoint: Checkpoint) -> str:
+    stats = [(f.name, f.stat().st_mtime_ns) for f in checkpoint.source.files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _source_identity(checkpoint: Checkpoint) -> str:
+    """Names, shapes, dtypes and file sizes of the source; its bytes are compared where its times changed."""
+    h = hashlib.sha256()
+    for t in checkpoint.source.tensors.values():
+        h.update(repr((t.name, t.stored, t.shape)).encode())
+    for f in checkpoint.source.files:
+        h.update(repr((f.name, f.stat().st_size)).encode())
+    return h.hexdigest()
+
+
+def _require_same_source(
+    checkpoint: Checkpoint, done: Mapping[str, Mapping[str, Any]], times: str
+) -> None:
+    """Where the source's files were touched since the interrupted run, hash again what was taken from them."""
+    for name, record in done.items():
+        if (
+            record["times"] != times
+            and digest.digest(checkpoint.tensors[name]) != TaskRecord.from_json(record).source
+        ):
+            raise ResumeError(
+                "the source changed since the run that is to be continued.",
+                where=checkpoint.path,
+                tensor=name,
+                fix="start afresh with --no-resume.",
+            )
+
+
+def _check_written(
+    plan: Conversion, staged: Path, records: Mapping[str, TaskRecord], meter: Progress
+) -> int:
+    """Read every tensor back through the output format's own reader and compare hashes."""
+    gating = {True: "fd", False: "df", None: None}[plan.layout.variant.options.get("transposed")]
+    with open_checkpoint(
+        staged, config=plan.checkpoint.config, container=plan.target.container, gating=gating
+    ) as back:
+        back.source.scratch = plan.checkpoint.source.scratch
+        found = digest.digests(back, meter)
+        wrong = [
+            f"{name}: {found[name].dtype} {found[name].sha256[:16]}, expected {r.output.dtype} {r.output.sha256[:16]}"
+            for name, r in records.items()
+            if found.get(name) != r.output
+        ]
+    if wrong:
+        raise ParityError(
+            f"{len(wrong)} of {len(records)} tensors read back differently: {'; '.join(wrong[:3])}.",
+            where=staged,
+            fix="the disk or memory may be faulty, or this is a bug in g2kit; nothing was put at the destination.",
+        )
+    return len(records)
+
+
+def _entries(
+    plan: Conversion, records: Mapping[str, TaskRecord], side: str
+) -> dict[str, TensorEntry]:
+    """Tensor entries that count for the fingerprint: padding rows only when they are not all zero."""
+    entries = {name: getattr(r, side) for name, r in records.items()}
+    padding = entries.pop(canonical.EMBED_PADDING, None)
+    if padding is not None and padding.sha256 != _zero_sha(plan.checkpoint):
+        entries[canonical.EMBED_PADDING] = padding
+    return entries
+
+
+def _zero_sha(checkpoint: Checkpoint) -> str:
+    padding = checkpoint.tensors[canonical.EMBED_PADDING]
+    return hashlib.sha256(bytes(padding.nbytes)).hexdigest()
+
+
+def _root(entries: Mapping[str, TensorEntry]) -> str:
+    return fingerprint_of({n: leaf(n, e.dtype, e.shape, e.sha256) for n, e in entries.items()})
+
+
+def _source_root(plan: Conversion, records: Mapping[str, TaskRecord]) -> str:
+    entries = _entries(plan, records, "source")
+    if plan.embedding.get("dropped_rows") and not plan.embedding["dropped_all_zero"]:
+        padding = plan.checkpoint.tensors[canonical.EMBED_PADDING]
+        entries[canonical.EMBED_PADDING] = digest.digest(padding)
+    return _root(entries)
+
+
+def _lossy(plan: Conversion, records: Mapping[str, TaskRecord]) -> list[LossyStep]:
+    """Every step that may change values, with the number of elements it changed in each tensor."""
+    steps: dict[str, dict[str, int]] = {}
+    for task in plan.tasks:
+        if task.changes:
+            name = task.placement.step if task.step else f"to {task.dtype}"
+            steps.setdefault(str(name), {})[task.tensor.name] = records[task.tensor.name].changed
+    if plan.embedding.get("dropped_rows") and not plan.embedding["dropped_all_zero"]:
+        width = plan.checkpoint.config.hidden_size
+        steps["drop_padding"] = {canonical.EMBED_PADDING: plan.embedding["dropped_rows"] * width}
+    for name in plan.checkpoint.quantized:
+        steps.setdefault("dequantize", {})[name] = 0
+    return [LossyStep(name, counts) for name, counts in sorted(steps.items())]
+
+
+def _manifest(plan: Conversion, records: Mapping[str, TaskRecord]) -> Manifest:
+    dropped = plan.embedding.get("dropped_rows", 0) if plan.embedding.get("dropped_all_zero") else 0
+    return Manifest(
+        tool_version=__version__,
+        format=plan.target.container,
+        layout=plan.layout.variant.name,
+        dtype=dtype_label(plan.slots),
+        source_fingerprint=_source_root(plan, records),
+        tensors=_entries(plan, records, "output"),
+        files={},  # the output knows them
+        lossy=tuple(_lossy(plan, records)),
+        padding_rows={canonical.EMBED: dropped} if dropped else {},
+        notes=tuple(plan.notes),
+    )
+
+
+def _describe(plan: Conversion, dst: Path) -> tuple[Report, Report]:
+    c = plan.checkpoint
+    source = {
+        "path": str(c.path),
+        "framework": framework_of(c.layout.variant.name),
+        "layout": c.layout.variant.name,
+        "describe": c.layout.variant.describe,
+    }
+    output = {
+        "path": str(dst),
+        "framework": plan.target.name,
+        "layout": plan.layout.variant.name,
+        "describe": plan.layout.variant.describe,
+        "dtype": dtype_label(plan.slots),
+        "bytes": plan.files.nbytes + sum(map(len, plan.extra.values())),
+        "files": [{"name": f.name, "bytes": f.size} for f in plan.files.files]
+        + [{"name": n, "bytes": len(b)} for n, b in plan.extra.items()],
+    }
+    return source, output
+
+
+def _warnings(plan: Conversion) -> list[str]:
+    return [str(w) for w in plan.checkpoint.reading.warnings]
+
+
+def _plan_report(plan: Conversion, dst: Path) -> Report:
+    source, output = _describe(plan, dst)
+    at = dst.absolute().parent
+    while not at.exists():
+        at = at.parent
+    largest = max((t.tensor.nbytes for t in plan.tasks if not _streams(t)), default=0)
+    moved = 2 * plan.nbytes + output["bytes"]
+    return {
+        "dry_run": True,
+        "source": source,
+        "output": output,
+        "embedding": plan.embedding,
+        "lossy_steps": sorted(
+            {str(t.placement.step) if t.step else f"to {t.dtype}" for t in plan.tasks if t.changes}
+            | ({"dequantize"} if plan.checkpoint.quantized else set())
+        ),
+        "resources": {
+            "free_bytes": shutil.disk_usage(at).free,
+            "peak_bytes": digest.WORKERS * 3 * largest + (256 << 20),
+            "seconds": [round(moved / 1.5e9, 1), round(moved / 0.3e9, 1)],
+        },
+        "notes": plan.notes,
+        "warnings": _warnings(plan),
+    }
+
+
+def _streams(task: Any) -> bool:
+    return task.tensor.streams_rows and task.placement.reorder.is_identity
+
+
+def _result_report(
+    plan: Conversion,
+    dst: Path,
+    records: Mapping[str, TaskRecord],
+    files: Mapping[str, FileEntry],
+    resumed: int,
+    checked: int,
+    began: float,
+) -> Report:
+    source, output = _describe(plan, dst)
+    source["fingerprint"] = _source_root(plan, records)
+    output["fingerprint"] = _root(_entries(plan, records, "output"))
+    sizes = {t.tensor.name: t.tensor.nbytes // t.tensor.dtype.itemsize for t in plan.tasks}
+    lossy = [
+        {
+            "step": s.name,
+            "tensors": len(s.counts),
+            "elements": sum(sizes.get(n, s.counts[n]) for n in s.counts),
+            "changed": sum(s.counts.values()),
+        }
+        for s in _lossy(plan, records)
+    ]
+    bad = {n: r.nonfinite for n, r in records.items() if r.nonfinite}
+    warnings = _warnings(plan)
+    warnings += [
+        f"{n}: {k} elements are NaN or infinite; carried over as they are" for n, k in bad.items()
+    ]
+    return {
+        "source": source,
+        "output": output,
+        "embedding": plan.embedding,
+        "lossy": lossy,
+        "files": {n: {"size": f.size, "sha256": f.sha256} for n, f in sorted(files.items())},
+        "checked_tensors": checked,
+        "resumed_tensors": resumed,
+        "notes": plan.notes,
+        "warnings": warnings,
+        "timing": {"total": round(time.monotonic() - began, 3)},
+    }
+
+
+def inspect(
+    path: str | Path,
+    *,
+    config: str | Path | GemmaConfig | None = None,
+    fix_config: bool = False,
+    gating: str | None = None,
+) -> Report:
+    """What a checkpoint is: format, layout, configuration and its origins, tensors, findings. Reads headers only."""
+    with open_checkpoint(path, config=config, gating=gating, fix_config=fix_config) as c:
+        held: dict[str, list[str]] = {}
+        for row in c.layout.rows.values():
+            held[row.name] = [p.canonical for p in row.parts]
+        rows = c.layout.embedding_rows
+        return {
+            "path": str(path),
+            "format": c.source.format,
+            "framework": framework_of(c.layout.variant.name),
+            "layout": c.layout.variant.name,
+            "describe": c.layout.variant.describe,
+            "family": c.config.family,
+            "size": _released_name(c.config),
+            "parameters": c.config.num_parameters,
+            "config": {k: _plain(getattr(c.config, k)) for k in c.config.__dataclass_fields__},
+            "origin": c.reading.origin,
+            "embedding": {"vocab_size": c.config.vocab_size, "source_rows": rows},
+            "bytes": sum(f.stat().st_size for f in c.source.files),
+            "dtypes": dict(Counter(t.stored for t in c.source.tensors.values())),
+            "tensors": [
+                {
+                    "name": t.name,
+                    "stored": t.stored,
+                    "shape": list(t.shape),
+                    "file": str(t.where),
+                    "canonical": held.get(t.name, []),
+                }
+                for t in c.source.tensors.values()
+            ],
+            "quantized": len(c.quantized),
+            "sidecars": c.sidecars.names,
+            "warnings": [str(w) for w in c.reading.warnings],
+            "notes": c.notes,
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _released_name(config: GemmaConfig) -> str | None:
+    from ..model.config import PRESETS
+
+    def shape(c: GemmaConfig) -> tuple[Any, ...]:
+        return (c.family, c.num_hidden_layers, *(v for k, v in c.axes.items() if k != "vocab"))
+
+    return next((n for n, p in PRESETS.items() if shape(p.config) == shape(config)), None)
+
+
+def fingerprint_report(
+    path: str | Path,
+    *,
+    config: str | Path | GemmaConfig | None = None,
+    fix_config: bool = False,
+    gating: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """The fingerprint with what it is made of."""
+    meter = progress or _Silent()
+    with open_checkpoint(path, config=config, gating=gating, fix_config=fix_config) as c:
+        meter.start(sum(t.nbytes for t in c.tensors.values()), "hashing")
+        records = digest.digests(c, meter)
+        zero = digest.padding_is_zero(c)
+        return {
+            "path": str(path),
+            "fingerprint": digest.root(records, zero),
+            "tensors": len(records),
+            "dtypes": dict(Counter(r.dtype for r in records.values())),
+            "quantized": len(c.quantized),
+            "padding_rows": c.layout.embedding_rows - c.config.vocab_size,
+            "padding_counts": not zero,
+        }
+
+
+def fingerprint(path: str | Path, *, config: str | Path | GemmaConfig | None = None) -> str:
+    """The checkpoint's fingerprint: equal for equal weights in any lossless format, ``g2:sha256:<hex>``."""
+    report = fingerprint_report(path, config=config)
+    return str(report["fingerprint"])
+
+
+def check(dst: str | Path, *, progress: Progress | None = None) -> Report:
+    """Compare an output of g2conv with its manifest: every file's bytes and every tensor as read.
+
+    Raises:
+        ChecksumError: lists what differs.
+        FormatError: there is no manifest.
+    """
+    dst = Path(dst)
+    meter = progress or _Silent()
+    at = manifests.path_for(dst)
+    if not at.exists():
+        raise FormatError(
+            "there is no g2kit manifest, so nothing to compare with.",
+            where=at,
+            fix="compare two checkpoints with `g2conv fingerprint` instead.",
+        )
+    expected = manifests.load(at)
+    meter.start(sum(f.size for f in expected.files.values()), "hashing files")
+    manifests.check_files(dst, expected, lambda n: meter(n, "files"))
+    with open_checkpoint(dst, container=expected.format) as c:
+        meter.start(sum(t.nbytes for t in c.tensors.values()), "hashing tensors")
+        found = digest.digests(c, meter)
+        if digest.padding_is_zero(c):
+            found.pop(canonical.EMBED_PADDING, None)
+    wrong = [
+        n for n in expected.tensors.keys() | found.keys() if found.get(n) != expected.tensors.get(n)
+    ]
+    if wrong:
+        raise ChecksumError(
+            f"{len(wrong)} tensors differ from the manifest: {digest.names_of(sorted(wrong))}.",
+            where=dst,
+            fix="convert it again.",
+        )
+    return {
+        "path": str(dst),
+        "files": len(expected.files),
+        "tensors": len(found),
+        "fingerprint": expected.fingerprint,
+    }
+
+
+def sample(
+    directory: str | Path,
+    *,
+    to: str = "safetensors",
+    layout: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the bundled model, a small trained Gemma 2, in any format."""
+    from ..model.sample import sample_dir
+
+    return convert(
+        sample_dir(), directory, to=to, layout=layout, overwrite=overwrite, progress=progress
+    )

@@ -1,0 +1,243 @@
+"""g2conv, the command. stdout is data, stderr is progress and messages; each command is one library call."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..formats.sharded import parse_size
+from ..terminal import Meter, run_cli
+from . import api, show
+from .targets import SOURCES, TARGETS
+
+FRAMEWORKS = tuple(TARGETS)
+_PAIR = re.compile(r"([a-z_]+)-to-([a-z_]+)")
+
+_EPILOG = f"""\b
+Conversions: g2conv A-to-B SRC DST, with A and B one of {", ".join(FRAMEWORKS)}. For example:
+  g2conv flax-to-safetensors ./gemma2-2b-flax ./gemma2-2b
+  g2conv safetensors-to-gguf ./gemma2-2b ./gemma2-2b.gguf --dtype bf16
+  g2conv safetensors-to-safetensors ./gemma2-2b ./resharded --max-shard-size 2GB
+`g2conv A-to-B --help` lists the options. No download, no upload, no remote code.
+
+\b
+Exit codes: 0 done; 1 the written copy differs; 2 wrong usage; 3 bad input; 4 disk, memory or a missing
+package; 5 refused as unsafe; 7 the destination exists, is locked or belongs to another run; 70 a bug.
+"""
+
+
+class Commands(click.Group):
+    """The commands, plus every ``A-to-B`` without listing all of them."""
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """``A-to-B`` for known A and B, else an ordinary command."""
+        pair = _PAIR.fullmatch(name)
+        if pair and pair[1] in TARGETS and pair[2] in TARGETS:
+            return _pair_command(pair[1], pair[2])
+        return super().get_command(ctx, name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Say what A and B may be when only they are wrong."""
+        pair = _PAIR.fullmatch(args[0]) if args else None
+        if pair and self.get_command(ctx, args[0]) is None:
+            wrong = pair[1] if pair[1] not in TARGETS else pair[2]
+            raise click.UsageError(
+                f"{wrong!r} is not a framework; use one of {', '.join(FRAMEWORKS)}."
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Commands,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="g2conv")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def g2conv(debug: bool) -> None:
+    """Convert Gemma 1 and Gemma 2 checkpoints between frameworks, bit for bit, in bounded memory."""
+
+
+def _config_option(f: Callable[..., Any]) -> Callable[..., Any]:
+    f = click.option(
+        "--config",
+        metavar="PRESET|FILE",
+        help="The model's configuration: a preset such as gemma2-2b, or a Hugging Face config.json. "
+        "Wins over what the checkpoint says.",
+    )(f)
+    f = click.option(
+        "--fix-config",
+        is_flag=True,
+        help="Correct values known to be wrong in published files (such as query_pre_attn_scalar 224 in 9B).",
+    )(f)
+    return click.option(
+        "--gating",
+        type=click.Choice(["df", "fd"]),
+        help="Orientation of Flax gating matrices, [2, d, f] or [2, f, d], where sizes do not tell.",
+    )(f)
+
+
+def _output_options(f: Callable[..., Any]) -> Callable[..., Any]:
+    f = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")(
+        f
+    )
+    return click.option("--quiet", "-q", is_flag=True, help="No progress; errors only.")(f)
+
+
+def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.argument("src", type=click.Path(path_type=Path)),
+        click.argument("dst", type=click.Path(path_type=Path)),
+        click.option(
+            "--layout", metavar="NAME", help="Layout of the output (see the README's matrix)."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["keep", "bf16", "f16", "f32"]),
+            default="keep",
+            show_default=True,
+            help="Element type to write. Narrowing is counted and recorded in the manifest.",
+        ),
+        click.option(
+            "--max-shard-size", metavar="SIZE", help="Largest file, such as 5GB or 500MiB."
+        ),
+        click.option(
+            "--tokenizer", metavar="FILE", help="The tokenizer.model to put into the output."
+        ),
+        click.option(
+            "--check",
+            type=click.Choice(["none", "weights"]),
+            default="weights",
+            show_default=True,
+            help="Re-open the output and compare every tensor's hash with what was read.",
+        ),
+        click.option(
+            "--drop-padding",
+            is_flag=True,
+            help="Leave out embedding rows past vocab_size though they are not all zero.",
+        ),
+        click.option(
+            "--fold-query-scale",
+            is_flag=True,
+            help="GGUF: scale the query projection for llama.cpp although that rounds.",
+        ),
+        click.option(
+            "--dry-run", is_flag=True, help="Print the plan, sizes and memory; write nothing."
+        ),
+        click.option(
+            "--resume/--no-resume",
+            default=True,
+            show_default=True,
+            help="Continue an interrupted run of the same conversion, or start it afresh.",
+        ),
+        click.option(
+            "--overwrite", is_flag=True, help="Replace DST once the new copy is complete."
+        ),
+    ]
+    for option in reversed(options):
+        f = option(f)
+    return _output_options(_config_option(f))
+
+
+def _pair_command(a: str, b: str) -> click.Command:
+    layouts = ", ".join(TARGETS[b].layouts)
+
+    @click.command(f"{a}-to-{b}", help=f"Convert SRC ({a}) to DST ({b}; layouts: {layouts}).")
+    @_convert_options
+    def command(**options: Any) -> None:
+        _convert(source=a, to=b, **options)
+
+    return command
+
+
+@g2conv.command()
+@_convert_options
+@click.option("--to", type=click.Choice(FRAMEWORKS), required=True, help="Framework to write.")
+def convert(**options: Any) -> None:
+    """Convert SRC, whatever it is, to DST."""
+    _convert(source=None, **options)
+
+
+def _convert(
+    *, as_json: bool, quiet: bool, dry_run: bool, max_shard_size: str | None, src: Path, dst: Path,
+    **options: Any,
+) -> None:  # fmt: skip
+    size = None if max_shard_size is None else parse_size(max_shard_size)
+    with Meter(quiet=quiet or as_json) as meter:
+        result = api.convert(
+            src, dst, max_shard_size=size, dry_run=dry_run, progress=meter, **options
+        )
+    _print(result, show.plan if dry_run else show.result, as_json)
+    for line in show.warnings(result):
+        meter.say(line)
+
+
+@g2conv.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_config_option
+@_output_options
+def inspect(path: Path, tensors: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Show format, layout, configuration and its origins, tensors, and anything odd."""
+    report = api.inspect(path, **options)
+    _print(report, lambda r: show.inspection(r, tensors=tensors), as_json)
+
+
+@g2conv.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_config_option
+@_output_options
+def fingerprint(path: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print the format-independent fingerprint: equal weights, equal fingerprint."""
+    with Meter(quiet=quiet or as_json) as meter:
+        report = api.fingerprint_report(path, progress=meter, **options)
+    _print(report, lambda r: f"{r['fingerprint']}  {r['path']}", as_json)
+
+
+@g2conv.command()
+@click.argument("dst", type=click.Path(path_type=Path))
+@_output_options
+def check(dst: Path, as_json: bool, quiet: bool) -> None:
+    """Verify an output of g2conv against its manifest: every file and every tensor."""
+    with Meter(quiet=quiet or as_json) as meter:
+        report = api.check(dst, progress=meter)
+    _print(report, show.checked, as_json)
+
+
+@g2conv.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--to", type=click.Choice(FRAMEWORKS), default="safetensors", show_default=True, help="Format."
+)
+@click.option("--layout", metavar="NAME", help="Layout of that format.")
+@click.option("--overwrite", is_flag=True, help="Replace DIRECTORY.")
+@_output_options
+def sample(
+    directory: Path, to: str, layout: str | None, overwrite: bool, as_json: bool, quiet: bool
+) -> None:
+    """Write the bundled model: a small trained Gemma 2 with its tokenizer."""
+    with Meter(quiet=quiet or as_json) as meter:
+        report = api.sample(directory, to=to, layout=layout, overwrite=overwrite, progress=meter)
+    _print(report, show.result, as_json)
+
+
+def _print(report: dict[str, Any], human: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False) if as_json else human(report)
+    click.echo(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: errors become one line and an exit code."""
+    sys.exit(run_cli(g2conv, argv))
+
+
+__all__ = ["SOURCES", "g2conv", "main"]

@@ -1,0 +1,135 @@
+"""Hashing canonical tensors: what makes two checkpoints of different formats comparable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..formats.dtypes import BF16, F16, F32, short
+from ..formats.fingerprint import TensorHasher, leaf
+from ..formats.fingerprint import fingerprint as fingerprint_of
+from ..formats.manifest import TensorEntry
+from ..model import canonical
+from .open import Checkpoint, LazyTensor
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, str], None]  # bytes just done, tensor name
+T = TypeVar("T")
+WORKERS = 2
+
+
+def no_progress(nbytes: int, name: str) -> None:
+    """Show nothing."""
+
+
+def run_all(
+    jobs: Mapping[str, Callable[[], T]], workers: int = WORKERS, stop: threading.Event | None = None
+) -> dict[str, T]:
+    """Run named jobs in order on a few threads; the first error stops the rest and is raised."""
+    stop = stop or threading.Event()
+
+    def guarded(job: Callable[[], T]) -> T | None:
+        return None if stop.is_set() else job()
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures: dict[str, Future[T | None]] = {n: pool.submit(guarded, j) for n, j in jobs.items()}
+        try:
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            # also on KeyboardInterrupt: what has not started must not start
+            if any(f.done() and f.exception() for f in futures.values()) or not all(
+                f.done() for f in futures.values()
+            ):
+                stop.set()
+        return {name: f.result() for name, f in futures.items()}  # type: ignore[misc]
+
+
+def digest(tensor: LazyTensor, progress: Progress = no_progress) -> TensorEntry:
+    """Hash one tensor's canonical bytes."""
+    hasher = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
+    for _, _, rows in tensor.blocks():
+        hasher.update(rows)
+        progress(rows.nbytes, tensor.name)
+    return entry(hasher)
+
+
+def entry(hasher: TensorHasher) -> TensorEntry:
+    """What a manifest says of a tensor, once all of it was hashed."""
+    return TensorEntry(short(hasher.dtype), hasher.shape, hasher.hexdigest())
+
+
+def digests(
+    checkpoint: Checkpoint, progress: Progress = no_progress, workers: int = WORKERS
+) -> dict[str, TensorEntry]:
+    """Hash every tensor of a checkpoint, padding rows included when there are any."""
+
+    def job(tensor: LazyTensor) -> Callable[[], TensorEntry]:
+        return lambda: digest(tensor, progress)
+
+    return run_all({n: job(t) for n, t in checkpoint.tensors.items()}, workers)
+
+
+def root(records: Mapping[str, TensorEntry], padding_is_zero: bool) -> str:
+    """The fingerprint. All-zero padding rows carry nothing and do not count; others do."""
+    return fingerprint_of(
+        {
+            name: leaf(name, r.dtype, r.shape, r.sha256)
+            for name, r in records.items()
+            if not (name == canonical.EMBED_PADDING and padding_is_zero)
+        }
+    )
+
+
+def padding_is_zero(checkpoint: Checkpoint) -> bool:
+    """Whether the embedding rows past vocab_size are all zero bits (true when there are none)."""
+    padding = checkpoint.tensors.get(canonical.EMBED_PADDING)
+    if padding is None:
+        return True
+    return not any(np.any(rows.view(np.uint8)) for _, _, rows in padding.blocks())
+
+
+# exponent bits all ones: NaN or infinity; compared as integers, several times faster than isfinite
+_EXPONENT: dict[Any, tuple[Any, int]] = {
+    BF16: (np.uint16, 0x7F80),
+    F16: (np.uint16, 0x7C00),
+    F32: (np.uint32, 0x7F800000),
+}
+_PIECE = 1 << 19
+
+
+def count_nonfinite(x: Array) -> int:
+    """How many elements are NaN or infinite."""
+    if x.dtype not in _EXPONENT:
+        return int(np.count_nonzero(~np.isfinite(x)))
+    kind, mask = _EXPONENT[x.dtype]
+    flat = x.reshape(-1).view(kind)
+    limit = kind(mask)
+    bad = 0
+    for start in range(0, flat.size, _PIECE):  # pieces stay in cache
+        bits = flat[start : start + _PIECE] & limit
+        if bits.max() == limit:
+            bad += int(np.count_nonzero(bits == limit))
+    return bad
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays hold the same bits (NaN equals NaN, 0 differs from -0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def iter_pairs(a: LazyTensor, b: Any) -> Iterator[tuple[Array, Array]]:
+    """Rows of a canonical tensor beside the same rows of a foreign one of the same orientation."""
+    for start, stop, rows in a.blocks():
+        yield rows, b.read((slice(start, stop),))
+
+
+def names_of(records: Iterable[str], limit: int = 5) -> str:
+    """A short list for a message."""
+    listed = list(records)
+    shown = ", ".join(listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"

@@ -1,0 +1,313 @@
+"""Everything decided about a conversion before a byte moves: target table, slots, tasks, side files, declared losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..formats.base import ContainerPlan, Slot
+from ..formats.dtypes import BY_SHORT, F32, names, short
+from ..formats.errors import DtypeError, LossyError, UsageError
+from ..model import canonical
+from ..model.config import GemmaConfig
+from .digest import padding_is_zero, same_bits
+from .extras import extra_files, gguf_kv
+from .layout import Layout, Placement, Row
+from .open import Checkpoint, LazyTensor
+from .steps import STEPS, Step
+from .targets import TARGETS, PlanRequest, Target, check_dtype, target_variant
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; same names as the command's options.
+
+    Attributes:
+        to: framework to write.
+        layout: layout of that framework, or None for its default.
+        dtype: ``keep``, ``bf16``, ``f16`` or ``f32``.
+        max_shard_size: bytes per file, or None.
+        gating: ``df``, ``fd`` or None.
+        drop_padding: drop embedding rows past vocab_size though they are not zero.
+        fold_query_scale: GGUF: multiply the query projection although that rounds.
+        tokenizer: path of a tokenizer.model to use instead of the one found.
+    """
+
+    to: str
+    layout: str | None = None
+    dtype: str = "keep"
+    max_shard_size: int | None = None
+    gating: str | None = None
+    drop_padding: bool = False
+    fold_query_scale: bool = False
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One canonical tensor on its way into the target.
+
+    Attributes:
+        tensor: where it comes from.
+        row: the foreign tensor it goes to.
+        placement: where in there.
+        dtype: the slot's element type.
+        step: arithmetic on the way out, or None.
+        read_dtype: dtype in which the target's reader will give it back.
+    """
+
+    tensor: LazyTensor
+    row: Row
+    placement: Placement
+    dtype: np.dtype
+    step: Step | None
+    read_dtype: np.dtype
+
+    @property
+    def changes(self) -> bool:
+        """Whether values may differ from the source's."""
+        return self.step is not None or self.dtype != self.tensor.dtype
+
+
+@dataclass
+class Conversion:
+    """A conversion, planned.
+
+    Attributes:
+        checkpoint: the opened source.
+        target: the framework.
+        layout: the target's table.
+        options: what was asked for.
+        slots: foreign tensors to write, in file order.
+        files: the container's files, laid out.
+        tasks: one per canonical tensor, in forward order.
+        extra: side files by name.
+        single_file: name of the one output file, or None for a directory.
+        embedding: rows of the embedding in source and output, and what was dropped or added.
+        notes: findings for the report and manifest.
+    """
+
+    checkpoint: Checkpoint
+    target: Target
+    layout: Layout
+    options: Options
+    slots: list[Slot]
+    files: ContainerPlan
+    tasks: list[Task]
+    extra: dict[str, bytes]
+    single_file: str | None
+    embedding: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read, as canonical tensors."""
+        return sum(t.tensor.nbytes for t in self.tasks)
+
+
+def plan_conversion(checkpoint: Checkpoint, dst: Path, options: Options) -> Conversion:
+    """Decide everything about writing ``checkpoint`` to ``dst``.
+
+    Reads at most the embedding's padding rows and a stored output head.
+
+    Raises:
+        UsageError: options do not fit the target.
+        LossyError: the target cannot hold the weights exactly and the loss was not asked for.
+        DtypeError: the target cannot hold the element type.
+    """
+    target = TARGETS[options.to]
+    config = checkpoint.config
+    if options.max_shard_size is not None and not target.shards:
+        sharded = ", ".join(t.name for t in TARGETS.values() if t.shards)
+        raise UsageError(f"--max-shard-size applies to {sharded}, not to {target.name}.")
+    notes = list(checkpoint.notes)
+    _check_head(checkpoint, notes)
+    rows, embedding = _embedding_rows(checkpoint, target, options, notes)
+    variant = target_variant(target, options.layout, config, options.gating)
+    layout = Layout(variant, config, rows)
+    tasks = _tasks(checkpoint, layout, options, notes)
+    slots = _slots(layout, tasks, target)
+    single = dst.name if dst.suffix in target.single_file and not dst.is_dir() else None
+    if single and options.max_shard_size is not None:
+        raise UsageError(
+            f"{dst.name} is one file, but --max-shard-size asks for several.",
+            fix="name a directory as the destination.",
+        )
+    kv = gguf_kv(checkpoint, layout, slots, options) if target.name == "gguf" else ()
+    request = PlanRequest(layout, slots, options.max_shard_size, single, kv)
+    extra = {} if single else extra_files(checkpoint, target, slots, options, notes)
+    return Conversion(
+        checkpoint, target, layout, options, slots, target.plan(request), tasks, extra, single,
+        embedding, notes,
+    )  # fmt: skip
+
+
+def _check_head(checkpoint: Checkpoint, notes: list[str]) -> None:
+    """A stored output head must be the embedding, bit for bit."""
+    head = checkpoint.head
+    if head is None:
+        return
+    embedding = checkpoint.tensors[canonical.EMBED]
+    aliases = checkpoint.source.metadata.get("aliases", {})
+    if (
+        aliases.get(head.name) == embedding.source.name
+        or aliases.get(embedding.source.name) == head.name
+    ):
+        notes.append("the stored lm_head shares the embedding's bytes; written once")
+        return
+    equal = head.shape == embedding.shape and head.dtype == embedding.dtype
+    if equal:
+        equal = all(same_bits(x, head.read((slice(a, b),))) for a, b, x in embedding.blocks())
+    if not equal:
+        raise LossyError(
+            "lm_head differs from the embedding: this model's head is untied, and no Gemma format can hold it.",
+            where=head.where,
+            tensor=head.name,
+            fix="tie the head (copy the embedding over it or remove it) if that is what you mean, and convert again.",
+        )
+    notes.append("the stored lm_head equals the embedding bit for bit; written once")
+
+
+def _embedding_rows(
+    checkpoint: Checkpoint, target: Target, options: Options, notes: list[str]
+) -> tuple[int, dict[str, Any]]:
+    """Rows the output's embedding gets, and the account of the difference."""
+    vocab, found = checkpoint.config.vocab_size, checkpoint.layout.embedding_rows
+    account: dict[str, Any] = {"vocab_size": vocab, "source_rows": found, "rows": found}
+    padding = found - vocab
+    if target.holds_padding:
+        if padding == 0:
+            account["rows"] = max(vocab, _released_rows(checkpoint))
+            account["added_zero_rows"] = account["rows"] - vocab
+            if account["added_zero_rows"]:
+                notes.append(
+                    f"{account['added_zero_rows']} zero rows appended to the embedding, as {target.name} has them"
+                )
+        return account["rows"], account
+    if padding == 0:
+        return vocab, account
+    zero = padding_is_zero(checkpoint)
+    if not zero and not options.drop_padding:
+        raise LossyError(
+            f"the embedding has {found} rows, {padding} more than vocab_size {vocab}, and they are not all zero; "
+            f"{target.name} cannot hold them.",
+            where=checkpoint.path,
+            tensor=checkpoint.tensors[canonical.EMBED].source.name,
+            fix="pass --drop-padding to leave them out (no token id reaches them), or convert to flax or maxtext.",
+        )
+    account |= {"rows": vocab, "dropped_rows": padding, "dropped_all_zero": zero}
+    kind = "all zero" if zero else "not all zero, --drop-padding"
+    notes.append(f"{padding} embedding rows past vocab_size left out ({kind})")
+    return vocab, account
+
+
+TPU_ROWS = {256_000: 256_128}  # what the Flax releases pad Gemma's vocabulary to
+
+
+def _released_rows(checkpoint: Checkpoint) -> int:
+    """Rows a padded embedding had before, from the source's manifest, else as the Flax releases have them."""
+    vocab = checkpoint.config.vocab_size
+    earlier = checkpoint.sidecars.manifest_embedding.get("source_rows")
+    if isinstance(earlier, int) and vocab <= earlier <= vocab + 4096:
+        return earlier
+    return TPU_ROWS.get(vocab, vocab)
+
+
+def _tasks(
+    checkpoint: Checkpoint, layout: Layout, options: Options, notes: list[str]
+) -> list[Task]:
+    wanted = None if options.dtype == "keep" else BY_SHORT[options.dtype]
+    if wanted is None and checkpoint.quantized:
+        raise LossyError(
+            f"{len(checkpoint.quantized)} tensors are quantized ({_kinds(checkpoint)}); they can only be "
+            "dequantized, not kept.",
+            where=checkpoint.path,
+            fix="pass --dtype f32 (exact values), bf16 or f16.",
+        )
+    tasks = []
+    model_dtype = wanted or checkpoint.tensors[canonical.EMBED].dtype
+    for name, tensor in checkpoint.tensors.items():
+        if name not in layout.placements:
+            continue  # padding rows that were accounted for
+        row, placement = layout.placements[name]
+        step = STEPS[placement.step] if placement.step else None
+        if step is not None and step.is_identity(checkpoint.config):
+            step = None
+        if placement.step == "llama_query_scale" and step is not None:
+            _check_query_scale(checkpoint.config, step, options, notes)
+        dtype = row.dtype or wanted or tensor.dtype
+        read_dtype = wanted or tensor.dtype
+        if row.dtype is not None and tensor.dtype.itemsize > model_dtype.itemsize:
+            read_dtype = row.dtype
+        tasks.append(Task(tensor, row, placement, dtype, step, read_dtype))
+    return tasks
+
+
+def _kinds(checkpoint: Checkpoint) -> str:
+    kinds = {checkpoint.tensors[n].source.stored for n in checkpoint.quantized}
+    return ", ".join(sorted(kinds))
+
+
+def _check_query_scale(config: GemmaConfig, step: Step, options: Options, notes: list[str]) -> None:
+    text = (
+        f"llama.cpp multiplies queries by a scale it derives from the layer count; this model's is "
+        f"{config.query_pre_attn_scalar:g}^-1/2, so the query projection must be multiplied by "
+        f"{step.factor(config):.6g}"
+    )
+    if not step.is_exact(config) and not options.fold_query_scale:
+        raise LossyError(
+            f"{text}, which is not a power of two and rounds.",
+            fix="pass --fold-query-scale to accept that (the manifest counts the changed elements).",
+        )
+    if text not in notes:
+        notes.append(
+            f"{text} ({'exact' if step.is_exact(config) else 'rounded, --fold-query-scale'})"
+        )
+
+
+def _slots(layout: Layout, tasks: list[Task], target: Target) -> list[Slot]:
+    dtypes: dict[str, dict[np.dtype, str]] = {}
+    for task in tasks:
+        dtypes.setdefault(task.row.name, {}).setdefault(task.dtype, task.tensor.name)
+    slots = []
+    for row in layout.rows.values():
+        found = dtypes[row.name]
+        if len(found) > 1:
+            listed = ", ".join(f"{name} {short(d)}" for d, name in found.items())
+            raise DtypeError(
+                f"{target.name} holds these in one tensor, but their dtypes differ: {listed}.",
+                tensor=row.name,
+                fix="pass --dtype bf16 or --dtype f32.",
+            )
+        dtype = next(iter(found))
+        check_dtype(target, dtype)
+        slots.append(Slot(row.name, dtype, row.shape))
+    return slots
+
+
+def dtype_label(slots: list[Slot]) -> str:
+    """The dtype holding most bytes, for file names and metadata."""
+    sizes: dict[np.dtype, int] = {}
+    for s in slots:
+        sizes[s.dtype] = sizes.get(s.dtype, 0) + s.nbytes
+    return names(max(sizes, key=lambda d: sizes[d])).short if sizes else short(F32)
+
+
+def plan_hash_inputs(conversion: Conversion, source_identity: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal for a partial output to be resumed."""
+    o = conversion.options
+    return {
+        "source": source_identity["source"],
+        "config": repr(conversion.checkpoint.config),
+        "to": o.to,
+        "layout": conversion.layout.variant.name,
+        "gating": str(conversion.layout.variant.options.get("transposed", "")),
+        "dtype": o.dtype,
+        "max_shard_size": str(o.max_shard_size),
+        "rows": str(conversion.layout.embedding_rows),
+        "tool": source_identity["tool"],
+    }

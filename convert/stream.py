@@ -1,0 +1,179 @@
+"""The engine: canonical tensors flow from the source's files into the target's slots, a block at a time.
+
+Each task reads, hashes, reorders, casts and writes one tensor; two run at once, so reading ahead overlaps writing. A
+tensor whose order changes is held whole (twice: before and after); everything else moves in blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..formats.errors import NonFiniteError
+from ..formats.fingerprint import TensorHasher
+from ..formats.manifest import TensorEntry
+from .digest import WORKERS, Progress, count_nonfinite, entry, no_progress, run_all
+from .plan import Task
+
+Array = npt.NDArray[Any]
+Write = Callable[[str, tuple[int, ...], Array], None]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What is known about one tensor once it is written.
+
+    Attributes:
+        source: digest of the canonical tensor that was read.
+        output: digest of the canonical tensor the target's reader must give back.
+        changed: elements whose value differs between the two.
+        nonfinite: NaN and infinite elements in the source (carried over as they are).
+    """
+
+    source: TensorEntry
+    output: TensorEntry
+    changed: int
+    nonfinite: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the journal."""
+        return {
+            "source": asdict(self.source),
+            "output": asdict(self.output),
+            "changed": self.changed,
+            "nonfinite": self.nonfinite,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskRecord:
+        """The inverse of :meth:`to_json`."""
+        return cls(
+            _entry(data["source"]),
+            _entry(data["output"]),
+            data["changed"],
+            data["nonfinite"],
+        )
+
+
+def run_task(task: Task, write: Write, progress: Progress = no_progress) -> TaskRecord:
+    """Move one tensor.
+
+    Raises:
+        NonFiniteError: a finite weight does not fit the target's dtype.
+    """
+    tensor, config = task.tensor, task.tensor.config
+    source = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
+    output = TensorHasher(tensor.name, task.read_dtype, tensor.shape) if task.changes else source
+    changed = nonfinite = 0
+    for start, stop, x in _blocks(task):
+        source.update(x)
+        bad = count_nonfinite(x)
+        nonfinite += bad
+        y = x
+        if task.changes:
+            y = task.step.forward(x, config, task.dtype) if task.step else _cast(x, task.dtype)
+            overflow = count_nonfinite(y) - bad
+            if overflow > 0:
+                raise NonFiniteError(
+                    f"{overflow} finite weights are too large for {task.dtype} (largest magnitude "
+                    f"{float(np.abs(x.astype(np.float64)).max()):.6g}).",
+                    where=tensor.source.where,
+                    tensor=tensor.name,
+                    fix="use --dtype bf16 or f32.",
+                )
+            back = (
+                task.step.inverse(y, config, task.read_dtype)
+                if task.step
+                else _cast(y, task.read_dtype)
+            )
+            output.update(back)
+            changed += _differences(x, back)
+        _put(task, start, stop, y, write)
+        progress(x.nbytes, tensor.name)
+    return TaskRecord(entry(source), entry(output), changed, nonfinite)
+
+
+def _entry(data: Mapping[str, Any]) -> TensorEntry:
+    return TensorEntry(data["dtype"], tuple(data["shape"]), data["sha256"])
+
+
+def _blocks(task: Task) -> Iterator[tuple[int, int, Array]]:
+    placement = task.placement
+    same_rows = placement.reorder.is_identity and (
+        placement.reorder.foreign_shape == task.tensor.shape
+    )
+    if same_rows:
+        yield from task.tensor.blocks()
+    else:
+        yield 0, task.tensor.shape[0], task.tensor.read()
+
+
+def _put(task: Task, start: int, stop: int, y: Array, write: Write) -> None:
+    placement = task.placement
+    if (start, stop) == (0, task.tensor.shape[0]):
+        write(
+            task.row.name, placement.start, placement.reorder.to_foreign(y).reshape(placement.size)
+        )
+        return
+    first, _, shape = placement.rows(start, stop)
+    write(task.row.name, first, y.reshape(shape))
+
+
+def _cast(x: Array, dtype: np.dtype) -> Array:
+    with np.errstate(over="ignore"):  # overflow is counted and reported
+        return x.astype(dtype, copy=False)
+
+
+def _differences(before: Array, after: Array) -> int:
+    """Elements whose value is not the same any more."""
+    if np.can_cast(before.dtype, after.dtype) and before.dtype != after.dtype:
+        return int(
+            np.count_nonzero(
+                before.astype(after.dtype).view(_bits(after)) != after.view(_bits(after))
+            )
+        )
+    back = after.astype(before.dtype, copy=False)
+    return int(np.count_nonzero(before.view(_bits(before)) != back.view(_bits(before))))
+
+
+def _bits(x: Array) -> Any:
+    return {2: np.uint16, 4: np.uint32, 8: np.uint64}[x.dtype.itemsize]
+
+
+def run_tasks(
+    tasks: Iterable[Task],
+    write: Write,
+    complete: Callable[[str, dict[str, Any]], None],
+    done: Mapping[str, Mapping[str, Any]],
+    progress: Progress = no_progress,
+    workers: int = WORKERS,
+) -> dict[str, TaskRecord]:
+    """Run every task that is not done yet, in order, on ``workers`` threads.
+
+    Args:
+        tasks: what to move.
+        write: puts a box into the output.
+        complete: told of each finished task with its journal record.
+        done: journal records of tasks an interrupted run finished.
+        progress: told of bytes moved, those of finished tasks included.
+        workers: threads.
+    """
+
+    def job(task: Task) -> Callable[[], TaskRecord]:
+        def run() -> TaskRecord:
+            name = task.tensor.name
+            if name in done:
+                progress(task.tensor.nbytes, name)
+                return TaskRecord.from_json(done[name])
+            record = run_task(task, write, progress)
+            complete(name, record.to_json())
+            return record
+
+        return run
+
+    return run_all({t.tensor.name: job(t) for t in tasks}, workers, threading.Event())
