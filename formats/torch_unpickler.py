@@ -27,8 +27,8 @@ from .torch_globals import (
     put,
 )
 
-MAX_PICKLE = 16 << 20  # bytes; 100,000 tensors take this much
-MAX_STEPS = 4_000_000
+MAX_PICKLE = 16 << 20  # bytes
+MAX_STEPS = 2_000_000  # 60,000 tensors in one file
 _MAX_INT_BYTES = 32
 
 

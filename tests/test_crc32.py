@@ -4,9 +4,10 @@ import threading
 import zlib
 
 import pytest
-from g2kit.formats.crc32 import PiecewiseCrc32, combine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from g2kit.formats.crc32 import PiecewiseCrc32, combine
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
