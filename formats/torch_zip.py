@@ -289,7 +289,12 @@ def _check_local(file: InputFile, entry: _Entry, stop: int) -> int:
     found = (flags, method) if later else (flags, method, crc, packed, size)
     expected = (entry.flags, entry.method, entry.crc, entry.packed, entry.size)[: len(found)]
     if found != expected:
-        raise _differ(file, f"the two headers of {printable(entry.name)}", found, expected)
+        raise _differ(
+            file,
+            f"the two headers of {printable(entry.name)} (flags, method, CRC-32, sizes)",
+            found,
+            expected,
+        )
     ends = _possible_ends(file, entry, data + entry.size, stop)
     if not ends:
         raise FormatError(

@@ -82,7 +82,8 @@ def archive(
     with zipfile.ZipFile(_Unseekable(out) if streamed else out, "w", zipfile.ZIP_STORED) as z:
 
         def write(name: str, data: bytes) -> None:
-            z.writestr(f"{folder}/{name}", data, (method or {}).get(name))
+            kind = (method or {}).get(name, zipfile.ZIP_STORED)
+            z.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data, kind)
 
         write("data.pkl", tree)
         if order is not None:
