@@ -102,8 +102,6 @@ def convert(
     Raises:
         G2Error: any subclass; ``dst`` is untouched. See :mod:`g2kit.formats.errors`.
     """
-    began = time.monotonic()
-    meter = progress or _Silent()
     src, dst = Path(src), Path(dst)
     if to not in TARGETS:
         raise UsageError(f"{to!r} is not a framework.", fix=f"use one of {', '.join(TARGETS)}.")
@@ -114,11 +112,31 @@ def convert(
         None if tokenizer is None else str(tokenizer),
     )  # fmt: skip
     with _open(src, source, config, gating, fix_config) as checkpoint:
-        plan = plan_conversion(checkpoint, dst, options)
-        if dry_run:
-            return _plan_report(plan, dst)
-        records, files, resumed, checked = _execute(plan, dst, check, resume, overwrite, meter)
-        return _result_report(plan, dst, records, files, resumed, checked, began)
+        return convert_checkpoint(
+            checkpoint, dst, options, check=check == "weights", dry_run=dry_run, resume=resume,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    dst: Path,
+    options: Options,
+    *,
+    check: bool = True,
+    dry_run: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """:func:`convert` for a checkpoint that is open already, or that exists in memory only."""
+    began = time.monotonic()
+    plan = plan_conversion(checkpoint, dst, options)
+    if dry_run:
+        return _plan_report(plan, dst)
+    meter = progress or _Silent()
+    records, files, resumed, checked = _execute(plan, dst, check, resume, overwrite, meter)
+    return _result_report(plan, dst, records, files, resumed, checked, began)
 
 
 def _open(
@@ -144,7 +162,7 @@ def _open(
 
 
 def _execute(
-    plan: Conversion, dst: Path, check: str, resume: bool, overwrite: bool, meter: Progress
+    plan: Conversion, dst: Path, check: bool, resume: bool, overwrite: bool, meter: Progress
 ) -> tuple[dict[str, TaskRecord], dict[str, FileEntry], int, int]:
     checkpoint = plan.checkpoint
     identity = {"source": _source_identity(checkpoint), "tool": __version__}
@@ -171,7 +189,7 @@ def _execute(
         records = run_tasks(plan.tasks, out.write, complete, out.done, meter)
         checkpoint.source.check_unchanged()
         checked = 0
-        if check == "weights":
+        if check:
             meter.start(plan.nbytes, "checking")
             checked = _check_written(plan, out.seal(), records, meter)
         manifest = out.finish(_manifest(plan, records))

@@ -20,15 +20,21 @@ from ..formats.errors import ConfigError, DtypeError, FileIOError, ShapeError
 from ..formats.strict_json import load as load_json
 from ..model import canonical
 from ..model.config import PRESETS, GemmaConfig, preset
-from ..model.config_formats import ConfigReading, from_gguf, from_huggingface, from_keras
+from ..model.config_formats import (
+    ConfigReading,
+    from_gguf,
+    from_huggingface,
+    from_keras,
+    from_maxtext,
+)
 from . import sidecar
 from .detect import Match, best_matches, open_container
+from .extras import KV_QUERY_SCALAR
 from .layout import Layout, Placement, Row
 from .steps import STEPS, Step
 
 Array = npt.NDArray[Any]
 BLOCK_BYTES = 16 << 20
-KV_QUERY_SCALAR = "g2kit.query_pre_attn_scalar"
 
 
 class LazyTensor:
@@ -248,15 +254,15 @@ def resolve_config(
     if source.format == "gguf":
         return _from_gguf(source)
     if source.format == "keras_h5" and "config" in source.metadata:
-        return from_keras(source.metadata["config"])
+        return from_keras(source.metadata["config"], source.path)
     if sidecars.config is not None:
-        return from_huggingface(sidecars.config, sidecars.config_path)
+        return read_config(sidecars.config, sidecars.config_path)
     return _from_released_shapes(source, fits)
 
 
 def _from_gguf(source: Source) -> ConfigReading:
     kv = source.metadata["kv"]
-    reading = from_gguf(kv)
+    reading = from_gguf(kv, source.path)
     if KV_QUERY_SCALAR in kv:
         scalar = float(kv[KV_QUERY_SCALAR])
         origin = reading.origin | {"query_pre_attn_scalar": f"GGUF key {KV_QUERY_SCALAR}"}
@@ -282,9 +288,28 @@ def config_option(option: str | Path | GemmaConfig) -> ConfigReading:
             fix=f"use one of {', '.join(PRESETS)}, or a path to a Hugging Face config.json.",
         )
     try:
-        return from_huggingface(load_json(path), path)
+        return read_config(load_json(path), path)
     except OSError as e:
         raise FileIOError(f"cannot read: {e.strerror}.", where=path) from e
+
+
+# key only this framework's configuration has -> its reader
+_CONFIG_KINDS = (
+    ("base_emb_dim", from_maxtext),
+    ("registered_name", from_keras),
+    ("hidden_dim", from_keras),
+)
+
+
+def read_config(mapping: Any, where: Path) -> ConfigReading:
+    """A parsed configuration of Hugging Face, MaxText or Keras, told apart by their keys."""
+    if not isinstance(mapping, dict):
+        raise ConfigError("the configuration is not a JSON object.", where=where)
+    if "model_type" not in mapping:
+        for key, reader in _CONFIG_KINDS:
+            if key in mapping:
+                return reader(mapping, where)
+    return from_huggingface(mapping, where)
 
 
 def _shapes_differ(

@@ -15,7 +15,7 @@ from ..formats.errors import DtypeError, LossyError, UsageError
 from ..model import canonical
 from ..model.config import GemmaConfig
 from .digest import padding_is_zero, same_bits
-from .extras import extra_files, gguf_kv
+from .extras import extra_files, gguf_kv, travelling
 from .layout import Layout, Placement, Row
 from .open import Checkpoint, LazyTensor
 from .steps import STEPS, Step
@@ -137,13 +137,36 @@ def plan_conversion(checkpoint: Checkpoint, dst: Path, options: Options) -> Conv
             f"{dst.name} is one file, but --max-shard-size asks for several.",
             fix="name a directory as the destination.",
         )
-    kv = gguf_kv(checkpoint, layout, slots, options) if target.name == "gguf" else ()
+    kv, extra = _side_files(checkpoint, target, slots, options, single is not None, notes)
     request = PlanRequest(layout, slots, options.max_shard_size, single, kv)
-    extra = {} if single else extra_files(checkpoint, target, slots, options, notes)
     return Conversion(
         checkpoint, target, layout, options, slots, target.plan(request), tasks, extra, single,
         embedding, notes,
     )  # fmt: skip
+
+
+def _side_files(
+    checkpoint: Checkpoint,
+    target: Target,
+    slots: list[Slot],
+    options: Options,
+    single: bool,
+    notes: list[str],
+) -> tuple[list[tuple[str, str, Any]], dict[str, bytes]]:
+    """GGUF key-values and the files beside the weights."""
+    source = checkpoint.source
+    kv = source.metadata.get("kv", {}) if source.format == "gguf" else {}
+    sidecars = checkpoint.sidecars
+    if kv or options.tokenizer:
+        sidecars = travelling(checkpoint.path, source.format, kv, options.tokenizer)
+    config, unheard = checkpoint.config, list[str]()
+    dtype = BY_SHORT[dtype_label(slots)]
+    pairs = gguf_kv(sidecars, config, slots, notes) if target.name == "gguf" else []
+    if single:
+        return pairs, {}
+    # GGUF has said already what there is to say
+    said = unheard if target.name == "gguf" else notes
+    return pairs, extra_files(target.name, sidecars, config, dtype, said)
 
 
 def _check_head(checkpoint: Checkpoint, notes: list[str]) -> None:
