@@ -24,7 +24,7 @@ from .errors import (
 from .files import InputFile
 from .names import listing
 
-MAX_RECORDS = 200_000
+MAX_RECORDS = 100_000  # Gemma 2 27B has 512
 _MAX_DIRECTORY = 64 << 20
 _PROGRAMS = ("code/", "constants.pkl", "bytecode.pkl", "archive_format", "models/")
 MAX16, MAX32 = 0xFFFF, 0xFFFFFFFF
