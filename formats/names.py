@@ -87,8 +87,6 @@ def inside(directory: Path, name: str) -> Path | None:
         FileIOError: the operating system refuses to follow the link.
     """
     path = directory / check_file_name(name, directory)
-    if not path.is_symlink():
-        return path if os.path.lexists(path) else None
     try:
         target = Path(os.path.realpath(path, strict=True))
         home = Path(os.path.realpath(directory, strict=True))

@@ -30,7 +30,7 @@ from .errors import (
 )
 from .names import check_file_name, check_tensor_name, inside, listing
 
-_COMPARE_BYTES = 32 << 20
+_COMPARE_BYTES = 8 << 20
 _UNITS = {
     "b": 1,
     **{f"{unit}b": 1000**power for power, unit in enumerate("kmgt", 1)},

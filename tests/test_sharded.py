@@ -2,16 +2,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import cast
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from huggingface_hub import split_torch_state_dict_into_shards
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from safetensors.numpy import save_file
 
 from g2kit.formats import safetensors, sharded
-from g2kit.formats.base import Slot
+from g2kit.formats.base import QuantizedWeight, Slot, Source
 from g2kit.formats.dtypes import BF16, F32
 from g2kit.formats.errors import (
     ExtraTensorError,
@@ -147,6 +148,13 @@ def test_link_loop(tmp_path):
     refused(index, UnsafePathError, f"{B}: symbolic links form a loop")
 
 
+def test_link_that_cannot_be_followed(tmp_path):
+    index = write(tmp_path)
+    (tmp_path / B).unlink()
+    (tmp_path / B).symlink_to(f"{A}/x")
+    refused(index, FileIOError, f"{B}: cannot follow the link: Not a directory")
+
+
 def cached(root: Path, subfolder: str = "") -> Path:
     """A repository in Hugging Face's cache: snapshots/<revision>/ of links into blobs/."""
     snapshot = root / "snapshots" / "0123abcd" / subfolder
@@ -216,8 +224,8 @@ def test_tensor_in_shard_but_not_in_map(tmp_path):
     [
         (np.arange(4, dtype=np.float32), True),
         (np.arange(4, dtype=np.float32) + 1, False),
-        (np.arange(4, dtype=np.float32).reshape(2, 2), False),
-        (np.arange(4, dtype=np.int32), False),
+        (np.arange(4, dtype=np.float32).reshape(4, 1), False),
+        (np.arange(4, dtype=np.float32).view(np.int32), False),
     ],
 )
 def test_tensor_in_two_shards(tmp_path, monkeypatch, other, equal):
@@ -247,6 +255,17 @@ def test_wrong_totals(tmp_path, total):
     index = write(tmp_path, metadata={"total_size": total, "total_parameters": 13})
     notes = safetensors.open_source(index).notes
     assert notes == [f"the index's total_size is {total}, the shards hold 52."]
+
+
+def test_totals_of_quantized_tensors_are_not_checked(tmp_path):
+    def opened(path: Path) -> Source:
+        source = safetensors.open_source(path)
+        source.tensors["a"].quantized = cast(QuantizedWeight, object())
+        return source
+
+    index = write(tmp_path, {A: TENSORS[A]}, metadata={"total_size": 1})
+    assert sharded.join(index, opened, "torch").notes == []
+    assert sharded.join(index, safetensors.open_source, "torch").notes != []
 
 
 def test_signs_of_mixed_revisions(tmp_path):
@@ -299,6 +318,25 @@ def test_index_or_shard_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / B)
     refused(index, FileIOError, f"{B}: not a regular file")
     refused(tmp_path / "absent.index.json", FileIOError, "cannot open: No such file")
+
+
+FILE_NAMES = st.text("ab./\\:\0é", max_size=6) | st.none() | st.lists(st.integers(), max_size=1)
+INDICES = st.fixed_dictionaries(
+    {}, optional={"weight_map": st.dictionaries(st.text(max_size=4), FILE_NAMES) | st.none()}
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(INDICES)
+def test_any_index_gives_plain_names_or_an_error(tmp_path, content):
+    path = tmp_path / INDEX
+    path.write_text(json.dumps(content))
+    try:
+        weight_map = sharded.load_index(path)
+    except G2Error:
+        return
+    assert weight_map == content["weight_map"]
+    assert all((tmp_path / f).resolve().parent == tmp_path for f in weight_map.values())
 
 
 # ---------------------------------------------------------------- writing
