@@ -80,7 +80,7 @@ class TorchTensor(Tensor):
                 self._read_transposed(start, stop, out)
             if not self.shape or stop == self.shape[0]:
                 self.record.verify()
-        return np.array(out[rest], order="C") if rest else out
+        return np.asarray(out[rest], order="C") if rest else out
 
     def _read_run(self, offset: int, out: Array) -> None:
         # reshape before view: a 0-d array has no axis to reinterpret as bytes

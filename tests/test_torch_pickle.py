@@ -167,6 +167,8 @@ def test_dtypes_scalars_and_empty(opened):
         "bfloat16", "int64", "float8_e4m3fn", "float32",
     ]  # fmt: skip
     assert read["bf16"].tolist() == [1, 1, 1]
+    one = source.tensors["bf16"].read((1,))
+    assert (one.shape, one.dtype) == ((), source.tensors["bf16"].dtype)
     assert (read["scalar"].shape, int(read["scalar"])) == ((), -7)
     assert read["f8"].astype(np.float32).tolist() == [1, 2, -2]
     assert read["empty"].shape == (0, 5)
@@ -583,6 +585,44 @@ def test_46_bytes_around_the_archive(opened):
     in_front = bytearray(b"PK\x03\x04 hidden" + GOOD)
     struct.pack_into("<I", in_front, len(in_front) - 6, DIRECTORY + 11)
     refused(opened, bytes(in_front), LayoutError)
+
+
+def test_46_bytes_in_front_that_the_directory_knows(opened):
+    front = b"PK\x03\x04 hidden"
+    moved = bytearray(front + GOOD)
+    struct.pack_into("<I", moved, len(moved) - 6, DIRECTORY + len(front))
+    for name in ("data.pkl", "byteorder", "data/0", "version"):
+        place = central(GOOD, name) + 42
+        offset = struct.unpack_from("<I", GOOD, place)[0]
+        struct.pack_into("<I", moved, place + len(front), offset + len(front))
+    refused(opened, bytes(moved), LayoutError, f"{len(front)} bytes are in front")
+
+
+def test_64_bit_size_behind_another_extra_field(opened):
+    """Such as time stamps, which zip tools add."""
+    place = central(GOOD, "data/0")
+    extra = struct.pack("<2H2s", 0x5855, 2, b"ab") + struct.pack("<2H2Q", 1, 16, 24, 24)
+    image = bytearray(changed(GOOD, place + 20, b"\xff" * 8))
+    struct.pack_into("<H", image, place + 30, len(extra))
+    struct.pack_into("<I", image, len(image) - 10, len(GOOD) - 22 - DIRECTORY + len(extra))
+    image[place + 60 : place + 60] = extra
+    assert opened(bytes(image)).tensors["w"].read().tolist() == SIX.reshape(2, 3).tolist()
+
+
+END64 = {
+    "signature": (0, b"XX", FormatError, "wrong signature"),
+    "count": (24, b"\x01", FormatError, "two end records differ"),
+    "directory": (48, b"\x01\x01", FormatError, "two end records differ"),
+    "locator: offset": (56 + 8, b"\x01\x01", LayoutError, "64 end record is said to be at"),
+    "locator: disk": (56 + 4, b"\x01", LayoutError, "of disk 1"),
+}
+
+
+@pytest.mark.parametrize("case", END64)
+def test_46_end_records_that_disagree(opened, case):
+    image = OFFICIAL[2].joinpath("pytorch_model-00001-of-00002.bin").read_bytes()
+    at, new, error, word = END64[case]
+    refused(opened, changed(image, image.rindex(b"PK\x06\x06") + at, new), error, word)
 
 
 def test_46_data_descriptor(opened):

@@ -85,7 +85,7 @@ class _Dequantized(Tensor):
     def read(self, index: Index = ()) -> Array:
         start, stop, rest = leading_rows(self.shape, index)
         out = self._weight.dequantize(start, stop)
-        return np.array(out[rest], order="C") if rest else out
+        return np.asarray(out[rest], order="C") if rest else out
 
 
 def combine(source: Source) -> Source:
