@@ -14,10 +14,6 @@ A chunk whose every byte has been handed out is forgotten.
 
 from __future__ import annotations
 
-import errno
-import math
-import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -26,12 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import FileIOError, ResourceError, SpaceError
+from .boxes import Box, copy_box, one_run
+from .errors import ResourceError
+from .scratch import Scratch
 from .zarr_decode import DECODERS, U8, Decoder, Place
 
-Box = Sequence[tuple[int, int]]
 _COPY_BLOCK = 4 << 20
-_SHORT_RUN = 4 << 10  # below this, reading what lies between is cheaper than one call per run
+_NEAR = (
+    16 << 10
+)  # runs nearer than this are read with what lies between: cheaper than one call per run
 
 
 @dataclass(frozen=True)
@@ -49,66 +48,6 @@ class PoolLimits:
     chunk: int = 128 << 20
     gap: int = 64 << 20
     cursors: int = 64
-
-
-class Scratch:
-    """An unlinked temporary file; its space is free again when it is closed, or the process dies.
-
-    Raises:
-        SpaceError: the file system has too little room.
-        FileIOError: it cannot be created, written or read.
-    """
-
-    def __init__(self, directory: Path | None, nbytes: int) -> None:
-        self.where = directory or Path(tempfile.gettempdir())
-        self.file = None
-        try:
-            room = os.statvfs(self.where)
-            free = room.f_bavail * room.f_frsize
-            if free < nbytes:
-                raise self._full(
-                    f"{nbytes} bytes are needed for one decoded chunk, {free} are free"
-                )
-            self.file = tempfile.TemporaryFile(dir=self.where, buffering=0)  # noqa: SIM115
-        except OSError as e:
-            raise self._failed(e) from e
-        self.fd = self.file.fileno()
-
-    def write(self, offset: int, data: U8) -> None:
-        """Store bytes at an offset."""
-        done = 0
-        try:
-            while done < len(data):
-                done += os.pwrite(self.fd, data[done:].data, offset + done)
-        except OSError as e:
-            raise self._failed(e) from e
-
-    def read_into(self, offset: int, out: U8) -> None:
-        """Fill ``out`` from an offset."""
-        done = 0
-        try:
-            while done < len(out):
-                n = os.preadv(self.fd, [out[done:].data], offset + done)
-                if n == 0:
-                    raise FileIOError("a temporary file became shorter.", where=self.where)
-                done += n
-        except OSError as e:
-            raise self._failed(e) from e
-
-    def close(self) -> None:
-        """Free the space; closing twice is harmless."""
-        if self.file is not None:
-            self.file.close()
-
-    def _failed(self, e: OSError) -> ResourceError:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return self._full(f"writing a decoded chunk failed: {e.strerror}")
-        return FileIOError(f"temporary file: {e.strerror}.", where=self.where)
-
-    def _full(self, what: str) -> SpaceError:
-        return SpaceError(
-            f"{what}.", where=self.where, fix="free some space, or set TMPDIR to a larger disk."
-        )
 
 
 class _Entry:
@@ -368,64 +307,3 @@ class ChunkPool:
             e.dead = True
             if self._entries.get(key) is e:
                 del self._entries[key]
-
-
-def one_run(shape: Sequence[int], itemsize: int, box: Box) -> tuple[int, int] | None:
-    """Byte offset and length of a box inside a row-major array, or None when it is not one run of bytes."""
-    start, many = 0, False
-    for n, (a, b) in zip(shape, box, strict=True):
-        if many and b - a != n:
-            return None
-        many = many or b - a > 1
-        start = start * n + a
-    return start * itemsize, math.prod(b - a for a, b in box) * itemsize
-
-
-def copy_box(
-    read: Callable[[int, U8], None],
-    shape: Sequence[int],
-    itemsize: int,
-    box: Box,
-    out: U8,
-    base: int = 0,
-) -> None:
-    """Copy a box out of a row-major array that can only be read by byte ranges.
-
-    Args:
-        read: ``read(offset, out)`` fills ``out`` from a byte offset.
-        shape: the array's.
-        itemsize: bytes per element.
-        box: ``(start, stop)`` on every axis.
-        out: flat bytes of the box in row-major order.
-        base: offset of the array's first byte.
-    """
-    run = one_run(shape, itemsize, box)
-    if run is not None:
-        read(base + run[0], out)
-        return
-    (first, last), rest = box[0], box[1:]
-    row = math.prod(shape[1:]) * itemsize
-    part = len(out) // (last - first)
-    if _innermost(shape[1:], itemsize, rest) < _SHORT_RUN and row <= _COPY_BLOCK:
-        step = max(1, _COPY_BLOCK // row)
-        inside = (slice(None), *(slice(*ab) for ab in rest))
-        for i in range(first, last, step):
-            rows = np.empty((min(step, last - i), *shape[1:], itemsize), np.uint8)
-            read(base + i * row, rows.reshape(-1))
-            chosen = rows[inside].reshape(-1)
-            at = (i - first) * part
-            out[at : at + len(chosen)] = chosen
-        return
-    for i in range(first, last):
-        at = (i - first) * part
-        copy_box(read, shape[1:], itemsize, rest, out[at : at + part], base + i * row)
-
-
-def _innermost(shape: Sequence[int], itemsize: int, box: Box) -> int:
-    """Bytes of one run of a box."""
-    length = itemsize
-    for n, (a, b) in zip(reversed(shape), reversed(box), strict=True):
-        length *= b - a
-        if b - a != n:
-            break
-    return length

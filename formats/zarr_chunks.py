@@ -122,7 +122,7 @@ class ZarrTensor(Tensor):
         first = [i * c for i, c in zip(place, chunk, strict=True)]
         lo = [max(a, f) for (a, _), f in zip(box, first, strict=True)]
         hi = [min(b, f + c) for (_, b), f, c in zip(box, first, chunk, strict=True)]
-        here = tuple(
+        here: tuple[Any, ...] = tuple(
             slice(a - start, b - start) for a, b, (start, _) in zip(lo, hi, box, strict=True)
         )
         where = self._locate(place)

@@ -131,7 +131,7 @@ class FileStore(Store):
 
     def open(self, key: str, tensor: str) -> Value:
         """See :meth:`Store.open`. Keys are the names the directory walk found, never names from metadata."""
-        return _FileValue(InputFile(self.where / key))
+        return _FileValue(self, key, tensor)
 
     def small(self, keys: Sequence[str]) -> list[bytes]:
         """See :meth:`Store.small`."""
@@ -158,27 +158,39 @@ class FileStore(Store):
 
     def kvstore(self, prefix: str) -> dict[str, Any]:
         """See :meth:`Store.kvstore`."""
-        return {"driver": "file", "path": f"{self.where.absolute()}/{prefix}"}
+        return {"driver": "file", "path": f"{_tensorstore_path(self.where)}/{prefix}"}
 
 
 class _FileValue(Value):
-    def __init__(self, file: InputFile) -> None:
-        self.file = file
+    def __init__(self, store: FileStore, key: str, tensor: str) -> None:
+        self.store, self.key, self.tensor = store, key, tensor
+        self.file = InputFile(store.where / key)
 
     def read_into(self, offset: int, out: npt.NDArray[np.uint8]) -> None:
+        self._require(offset, len(out))
         self.file.read_into(offset, out)
 
     def tail(self, size: int) -> bytes:
+        self._require(0, size)
         return self.file.read(self.file.size - size, size)
 
     def pieces(self, start: int, stop: int | None) -> Iterator[Bytes]:
         end = self.file.size if stop is None else stop
-        buffer = np.empty(min(_FILE_PIECE, max(end - start, 0)), np.uint8)  # reused: no page faults
+        self._require(start, end - start)
+        buffer = np.empty(min(_FILE_PIECE, end - start), np.uint8)  # reused: no page faults
         while start < end:
             part = buffer[: min(len(buffer), end - start)]
             self.file.read_into(start, part)
             yield part.data
             start += len(part)
+
+    def _require(self, start: int, size: int) -> None:
+        if not 0 <= start <= start + size <= self.file.size:
+            raise self.store._truncated(
+                self.key,
+                self.tensor,
+                f"bytes {start} to {start + size} are needed, the file has {self.file.size}",
+            )
 
     def close(self) -> None:
         self.file.close()
@@ -201,15 +213,7 @@ class OcdbtStore(Store):
     def __init__(self, where: Path, total: int) -> None:
         import tensorstore as ts
 
-        self.path = str(where.absolute())
-        try:
-            self.path.encode()
-        except UnicodeEncodeError:
-            raise FileIOError(
-                "the path is not valid UTF-8, which tensorstore needs.",
-                where=where,
-                fix="rename the directory.",
-            ) from None
+        self.path = _tensorstore_path(where)
         # B-tree nodes are read again for every range unless they are cached
         context = ts.Context({"cache_pool": {"total_bytes_limit": 32 << 20}})
         try:
@@ -344,6 +348,22 @@ class _OcdbtValue(Value):
 
     def _short(self, why: str) -> TruncatedError:
         return self.store._truncated(self.key, self.tensor, why)
+
+
+def _tensorstore_path(where: Path) -> str:
+    """An absolute path as tensorstore takes it.
+
+    Raises:
+        FileIOError: tensorstore cannot open directories of this name; other readers can.
+    """
+    path = str(where.absolute())
+    if "\\" in path or path != path.encode("utf-8", "replace").decode("utf-8"):
+        raise FileIOError(
+            "tensorstore cannot open paths with a backslash or with bytes that are not UTF-8.",
+            where=where,
+            fix="rename the directory, or reach it through a symbolic link.",
+        )
+    return path
 
 
 def _found(future: Any) -> int:
