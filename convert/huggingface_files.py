@@ -20,10 +20,15 @@ from ..model.config_huggingface import one_or_list, to_huggingface
 from . import sidecar_files as names
 from .chat_template import END, GEMMA_TEMPLATE, START, tuned_for_chat
 from .sidecar_files import Sidecars
-from .tokenizer_check import TokenizerInfo, check_tokenizer, check_tokenizer_json, token_ids
+from .tokenizer_check import (
+    RELEASED_TOKENS,
+    TokenizerInfo,
+    check_tokenizer,
+    check_tokenizer_json,
+    token_ids,
+)
 from .tokenizer_json import added_tokens, tokenizer_json
 
-_RELEASED_TOKENS = 256_000
 _NO_LIMIT = 1000000000000000019884624838656  # what transformers writes for "no maximum length"
 _REMOTE_CODE = "auto_map"
 _NOT_KEPT = (_REMOTE_CODE, "_from_model_config", "transformers_version")
@@ -64,7 +69,7 @@ def huggingface_files(
         ConfigError: Hugging Face cannot express the model.
     """
     notes = [] if notes is None else notes
-    notes += sidecars.notes
+    notes += [note for note in sidecars.notes if note not in notes]
     tokenizer = _tokenizer_files(sidecars, config, notes)
     source = sidecars.generation_config or {}
     eos = config.eos_token_id + _ids(source.get("eos_token_id"))
@@ -101,12 +106,9 @@ def _ids(value: Any) -> tuple[int, ...]:
 def _generation(
     source: dict[str, Any], config: GemmaConfig, eos: tuple[int, ...]
 ) -> dict[str, Any]:
+    made = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
     kept = {k: v for k, v in source.items() if k not in _NOT_KEPT}
-    return kept | {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": one_or_list(eos),
-        "pad_token_id": config.pad_token_id,
-    }
+    return made | kept | {"eos_token_id": one_or_list(eos)}
 
 
 def _tokenizer_files(sidecars: Sidecars, config: GemmaConfig, notes: list[str]) -> _Tokenizer:
@@ -115,7 +117,7 @@ def _tokenizer_files(sidecars: Sidecars, config: GemmaConfig, notes: list[str]) 
         notes.append(
             "there is no tokenizer beside the weights, so the output has none; pass --tokenizer FILE to add it"
         )
-        known = END_OF_TURN if config.vocab_size == _RELEASED_TOKENS else None
+        known = END_OF_TURN if config.vocab_size == RELEASED_TOKENS else None
         return _Tokenizer({}, None, known)
     where = sidecars.where(names.TOKENIZER_JSON)
     tree = None if built is None else _object(built, where)
@@ -155,7 +157,11 @@ def _checked(
         return check_tokenizer(raw, config, where=where)
     except TokenizerError:
         decoder = (sidecars.tokenizer_config or {}).get("added_tokens_decoder")
-        listed = [int(i) for i in decoder if i.isdecimal()] if isinstance(decoder, dict) else []
+        listed = (
+            [int(i) for i in decoder if i.isdecimal() and len(i) < 10]
+            if isinstance(decoder, dict)
+            else []
+        )
         highest = max([*ids.values(), *listed], default=-1)
         added = highest + 1 - len(parse(raw, where).pieces)
         if added <= 0:

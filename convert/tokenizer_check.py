@@ -12,7 +12,8 @@ from ..model.config import GemmaConfig
 from .chat_template import END, START
 
 PADDING_ROWS = 128  # Google's Flax releases: 256,128 rows for 256,000 pieces
-_ROUNDINGS = (64, 128, 256)
+_ROUNDINGS = (64, 128)  # what fine-tunes round a longer vocabulary up to
+RELEASED_TOKENS = 256_000  # with one row each
 _RIGHT_ONE = "pass the tokenizer.model of this very model with --tokenizer."
 
 
@@ -99,6 +100,8 @@ def check_tokenizer(
 
 
 def _is_padding(spare: int, vocab: int) -> bool:
+    if vocab == RELEASED_TOKENS:
+        return False
     return spare == PADDING_ROWS or any(0 < spare < n and vocab % n == 0 for n in _ROUNDINGS)
 
 
@@ -169,8 +172,8 @@ def token_ids(tree: dict[str, Any], where: str | Path) -> dict[str, int]:
     found = dict(vocab)
     for token in added:
         if isinstance(token, dict):
-            found[token.get("content")] = token.get("id")
-    bad = [t for t, i in found.items() if not isinstance(t, str) or type(i) is not int or i < 0]
+            found[str(token.get("content"))] = token.get("id")
+    bad = [t for t, i in found.items() if type(i) is not int or i < 0]
     if bad:
         raise TokenizerError(
             f"token {printable(repr(bad[0]), 60)} has id {printable(repr(found[bad[0]]), 60)}.",
