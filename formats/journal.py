@@ -84,4 +84,4 @@ class Journal:
         """Close the file; closing twice is harmless."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            self._fs.close(fd)
+            ofs.close(self._fs, fd)

@@ -167,4 +167,4 @@ class Lock:
     def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            self._fs.close(fd)
+            ofs.close(self._fs, fd)

@@ -36,7 +36,7 @@ from .names import listing
 from .output_crc import Checksums
 from .output_files import DataFiles, FileHashes
 from .output_ranges import check_plan, layout_digest, needed, split_runs
-from .output_resume import Found, head_record, require_ours, take_over
+from .output_resume import Found, head_record, require_free, require_ours, take_over
 
 _SYNC_BYTES, _SYNC_SECONDS, _POLL_SECONDS = 128 << 20, 2.0, 0.05
 
@@ -135,15 +135,8 @@ class Output:
             UnsafePathError: input and output are not apart.
             SpaceError: not enough room. FileIOError: the operating system refuses.
         """
+        self.preflight()
         stage = self._stage
-        there = paths.check_kind(stage.dst, is_file=stage.single is not None)
-        left = paths.check_kind(stage.partial, is_file=False)
-        paths.check_apart([stage.dst, stage.partial], self._sources)
-        paths.check_names(stage.dst, self._files.sizes, stage.suffixes)
-        if there and not self._overwrite and not left:
-            raise oc.exists_error(stage.dst)
-        if left:
-            require_ours(self._fs, stage)
         self._lock = Lock(stage.lock, self._fs)
         if owner := self._lock.recovered:
             self.notes.append(f"took over the lock of process {owner.pid}, which no longer runs.")
@@ -153,6 +146,27 @@ class Output:
             self._close()
             raise
         return self
+
+    def preflight(self) -> None:
+        """Everything that can be refused without writing; ``with`` begins with it.
+
+        Raises:
+            ConflictError, UnsafePathError, SpaceError, FileIOError: as entering the ``with`` block does.
+        """
+        stage, fs = self._stage, self._fs
+        paths.check_kind(stage.dst, is_file=stage.single is not None)
+        left = paths.check_kind(stage.partial, is_file=False)
+        paths.check_apart([stage.dst, stage.partial], self._sources)
+        paths.check_names(stage.dst, self._files.sizes, stage.suffixes)
+        if left:
+            require_ours(fs, stage)
+            return  # what it holds decides the rest, and may only be judged under the lock
+        require_free(fs, stage, overwrite=self._overwrite)
+        self._require_space(self._plan.nbytes)
+
+    def _require_space(self, nbytes: int) -> None:
+        inodes = len(self._files.sizes) + len(self._files.directories)
+        paths.check_space(self._fs, self._stage.dst.parent, nbytes, inodes)
 
     def _open(self) -> None:
         fs, stage = self._fs, self._stage
@@ -175,8 +189,7 @@ class Output:
 
     def _create(self) -> None:
         stage, fs, journal = self._stage, self._fs, self._the_journal
-        inodes = len(self._files.sizes) + len(self._files.directories)
-        paths.check_space(fs, stage.dst.parent, self._plan.nbytes, inodes)
+        self._require_space(self._plan.nbytes)
         self._created = True
         journal.append(self._head)
         with ofs.calls("make durable", stage.partial):
@@ -191,8 +204,7 @@ class Output:
         self._files.check()
         self._created = True
         self._files.restore(found.written)
-        rest = self._plan.nbytes - self._files.allocated()
-        paths.check_space(self._fs, self._stage.dst.parent, rest, 0)
+        self._require_space(self._plan.nbytes - self._files.allocated())
         self.notes.append(f"continued an interrupted run: {len(found.units)} units were done.")
 
     @property
@@ -209,8 +221,7 @@ class Output:
 
     def _close(self) -> None:
         with ExitStack() as stack:  # every step, whatever the others raise; the last one first
-            if self._lock:
-                stack.callback(self._lock.release)
+            stack.callback(self._release)
             if self._journal:
                 stack.callback(self._journal.close)
             stack.callback(self._discard_if_useless)
@@ -220,6 +231,13 @@ class Output:
             stack.callback(self._syncer.stop)
             stack.callback(self._join_sealing)
         self._journal = None
+
+    def _release(self) -> None:
+        try:
+            if self._lock:
+                self._lock.release()
+        except G2Error as e:  # the kernel lets go of it all the same
+            self.notes.append(f"could not clear up: {e}")
 
     def _save_progress(self) -> None:
         if self._pending and not self._broken and not self._landing:
@@ -363,6 +381,7 @@ class Output:
         manifest = replace(manifest, files=files)
         self._write_manifest(manifest.dumps())
         self._require_no_others()
+        self._files.close()  # some file systems do not rename what is open
         self._landing = True
         journal = self._the_journal
         replaced = oc.commit(self._fs, self._stage, journal, overwrite=self._overwrite)
@@ -380,9 +399,9 @@ class Output:
             for chunk in self._plan.chunks[name]
             if not all(self._files.has(chunk.file, a, b) for a, b in needed(chunk, slot))
         ]
-        if missing:
+        if names := list(dict.fromkeys(missing)):
             raise LayoutError(
-                f"{len(missing)} pieces of the output were never written: {listing(missing)}.",
+                f"{len(names)} slots were never written to their end: {listing(names)}.",
                 where=self._stage.partial,
             )
 

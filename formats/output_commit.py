@@ -16,6 +16,7 @@ first and the new one comes last: a manifest never describes another file.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from typing import Any
 
 from . import manifest as mf
 from . import output_fs as ofs
-from .errors import ConflictError, G2Error
+from . import strict_json
+from .errors import ConflictError, G2Error, ResumeError
 from .journal import Journal
 from .names import listing
 from .output_paths import PARTIAL, check_replaceable, remove_known
@@ -129,8 +131,13 @@ def commit(fs: ofs.Filesystem, stage: Stage, journal: Journal, *, overwrite: boo
     with ofs.calls("look at the destination", stage.dst):
         there = ofs.exists(fs, stage.dst)
         replaces = previous_files(stage.dst) if there and not stage.single and overwrite else []
-        me = identity(fs, stage.payload)
-    journal.append({"kind": "commit", "identity": me, "replaces": replaces})
+        record = {
+            "kind": "commit",
+            "identity": identity(fs, stage.payload),
+            "manifest": _digest(fs, stage.data / stage.manifest_name),
+            "replaces": replaces,
+        }
+    journal.append(record)
     with ofs.calls("put the output in its place", stage.dst):
         try:
             if stage.single:
@@ -170,19 +177,50 @@ def _land_manifest(fs: ofs.Filesystem, stage: Stage) -> None:
 
 
 def complete_commit(fs: ofs.Filesystem, stage: Stage, records: list[dict[str, Any]]) -> bool:
-    """Whether the output of an interrupted run is in its place; what was left to do for that is done."""
+    """Whether the output of an interrupted run is in its place; what was left to do for that is done.
+
+    Raises:
+        ResumeError: something changed the destination or the staging directory since.
+    """
     commits = [r for r in records if r.get("kind") == "commit"]
     if not commits:
         return False
     with ofs.calls("complete the commit", stage.dst):
-        there = identity(fs, stage.dst)
-        if there is None and ofs.exists(fs, stage.old):
-            fs.rename_new(stage.data, stage.dst)
-        elif there is None or there != commits[-1].get("identity"):
+        if not _landed(fs, stage, commits[-1]):
             return False
         ofs.sync_dir(fs, stage.dst.parent)
         _land_manifest(fs, stage)
     return True
+
+
+def _landed(fs: ofs.Filesystem, stage: Stage, record: dict[str, Any]) -> bool:
+    if not ofs.exists(fs, stage.payload):
+        return ofs.exists(fs, stage.dst)
+    if stage.single:
+        return False
+    if not ofs.exists(fs, stage.dst):
+        if ofs.exists(fs, stage.old):
+            fs.rename_new(stage.data, stage.dst)
+        return not ofs.exists(fs, stage.data)
+    # two directories: swapped already, or not yet
+    wanted = record.get("manifest")
+    there, here = (_digest(fs, d / mf.NAME) == wanted for d in (stage.dst, stage.data))
+    if there and here:  # the output replaces one equal to it
+        return identity(fs, stage.dst) == record.get("identity")
+    if not there and not here:
+        raise ResumeError(
+            "something changed this directory after a finished output was to be moved out of it.",
+            where=stage.partial,
+            fix=f"look at {stage.data} and {stage.dst}, keep what you need, then remove "
+            f"{stage.partial}.",
+        )
+    return there
+
+
+def _digest(fs: ofs.Filesystem, manifest: Path) -> str | None:
+    if not ofs.exists(fs, manifest):
+        return None
+    return hashlib.sha256(ofs.read_file(fs, manifest, strict_json.MAX_BYTES)).hexdigest()
 
 
 def clear(fs: ofs.Filesystem, stage: Stage, known: Iterable[str]) -> None:

@@ -129,7 +129,7 @@ class DataFiles:
         try:
             for fd in spare:
                 self._fs.fdatasync(fd)  # an error seen by nobody could be forgotten after close
-                self._fs.close(fd)
+                ofs.close(self._fs, fd)
             yield entry.fd
         finally:
             with self._lock:
@@ -197,7 +197,7 @@ class DataFiles:
     def close(self) -> None:
         """Close every descriptor; what is not durable yet stays so."""
         while self._open:
-            self._fs.close(self._open.popitem()[1].fd)
+            ofs.close(self._fs, self._open.popitem()[1].fd)
 
 
 class FileHashes:

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import FileIOError, G2Error, SpaceError
@@ -192,6 +192,12 @@ def opened(fs: Filesystem, path: Path, flags: int) -> Iterator[int]:
     try:
         yield fd
     finally:
+        close(fs, fd)
+
+
+def close(fs: Filesystem, fd: int) -> None:
+    """Close ``fd``. An error is no news: what matters was synced, and its sync succeeded."""
+    with suppress(OSError):
         fs.close(fd)
 
 

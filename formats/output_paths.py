@@ -229,24 +229,22 @@ def tree(root: Path) -> tuple[dict[str, os.stat_result], list[str]]:
 
 
 def remove_known(fs: ofs.Filesystem, root: Path, known: Iterable[str]) -> list[str]:
-    """Remove the ``known`` files below ``root`` and the directories that are then empty, ``root`` too.
+    """Remove a directory that holds nothing but ``known`` files.
 
     Returns:
-        Names that were found besides; they, and the directories holding them, stay.
+        Names that were found besides; if there are any, nothing is removed.
     """
     with ofs.calls("list", root):
         files, dirs = tree(root)
-    foreign = sorted(files.keys() - set(known))
-    keep = directories(foreign)
+    if foreign := sorted(files.keys() - set(known)):
+        return foreign
     with ofs.calls("remove", root):
-        for name in sorted(files.keys() - set(foreign)):
+        for name in sorted(files):
             fs.unlink(root / name)
         for name in sorted(dirs, reverse=True):
-            if name not in keep:
-                fs.rmdir(root / name)
-        if not foreign:
-            fs.rmdir(root)
-    return foreign
+            fs.rmdir(root / name)
+        fs.rmdir(root)
+    return []
 
 
 def check_replaceable(dst: Path, known: Iterable[str]) -> None:

@@ -81,7 +81,7 @@ def take_over(
             odd = set(fs.listdir(stage.partial)) - {stage.lock.name, stage.journal.name}
         if odd:
             raise _not_ours(stage, sorted(odd))
-        _require_free(fs, stage, overwrite)
+        require_free(fs, stage, overwrite=overwrite)
         return Found()
     old = _checked_head(journal, stage)
     known = _known(journal, old)
@@ -90,7 +90,7 @@ def take_over(
         oc.clear(fs, stage, known)
     if landed and resume and not differences:
         return Found(units=_replay(journal).units, committed=True)
-    _require_free(fs, stage, overwrite)
+    require_free(fs, stage, overwrite=overwrite)
     if not landed:
         if resume and differences:
             raise _mismatch(stage, differences)
@@ -102,7 +102,12 @@ def take_over(
     return Found()
 
 
-def _require_free(fs: ofs.Filesystem, stage: oc.Stage, overwrite: bool) -> None:
+def require_free(fs: ofs.Filesystem, stage: oc.Stage, *, overwrite: bool) -> None:
+    """Refuse a destination that is there, unless it may be replaced and g2kit wrote all of it.
+
+    Raises:
+        ConflictError: the destination exists, or holds what is not g2kit's.
+    """
     with ofs.calls("look at the destination", stage.dst):
         there = ofs.exists(fs, stage.dst)
     if there and not overwrite:
