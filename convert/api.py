@@ -25,7 +25,6 @@ from ..formats.manifest import FileEntry, LossyStep, Manifest, TensorEntry
 from ..formats.output import Output
 from ..model import canonical
 from ..model.config import GemmaConfig
-from ..model.config_formats import closest_preset  # noqa: F401  (part of the public vocabulary)
 from . import digest
 from .open import Checkpoint, open_checkpoint
 from .plan import Conversion, Options, dtype_label, plan_conversion, plan_hash_inputs
@@ -462,7 +461,8 @@ def _released_name(config: GemmaConfig) -> str | None:
     def shape(c: GemmaConfig) -> tuple[Any, ...]:
         return (c.family, c.num_hidden_layers, *(v for k, v in c.axes.items() if k != "vocab"))
 
-    return next((n for n, p in PRESETS.items() if shape(p.config) == shape(config)), None)
+    wanted = shape(config)
+    return next((n for n, p in PRESETS.items() if shape(p.config) == wanted), None)
 
 
 def fingerprint_report(

@@ -49,6 +49,7 @@ def huggingface_files(
     dtype: np.dtype | None,
     *,
     instruction_tuned: bool | None = None,
+    build_tokenizer_json: bool = True,
     notes: list[str] | None = None,
 ) -> dict[str, bytes]:
     """The files beside the weights, by name.
@@ -61,6 +62,8 @@ def huggingface_files(
         config: the model.
         dtype: element type of the weights.
         instruction_tuned: whether the model is; None to tell by the signs in :mod:`.chat_template`.
+        build_tokenizer_json: whether to make a missing tokenizer.json (10 to 20 seconds for Gemma's vocabulary);
+            False for targets that have no use for it.
         notes: receives what was left out, mended or assumed, one sentence each.
 
     Raises:
@@ -70,7 +73,7 @@ def huggingface_files(
     """
     notes = [] if notes is None else notes
     notes += [note for note in sidecars.notes if note not in notes]
-    tokenizer = _tokenizer_files(sidecars, config, notes)
+    tokenizer = _tokenizer_files(sidecars, config, build_tokenizer_json, notes)
     source = sidecars.generation_config or {}
     eos = config.eos_token_id + _ids(source.get("eos_token_id"))
     tuned, sign = tuned_for_chat(
@@ -111,7 +114,9 @@ def _generation(
     return made | kept | {"eos_token_id": one_or_list(eos)}
 
 
-def _tokenizer_files(sidecars: Sidecars, config: GemmaConfig, notes: list[str]) -> _Tokenizer:
+def _tokenizer_files(
+    sidecars: Sidecars, config: GemmaConfig, build: bool, notes: list[str]
+) -> _Tokenizer:
     raw, built = sidecars.tokenizer_model, sidecars.read(names.TOKENIZER_JSON)
     if raw is None and built is None:
         notes.append(
@@ -136,7 +141,7 @@ def _tokenizer_files(sidecars: Sidecars, config: GemmaConfig, notes: list[str]) 
     if tree is not None and built is not None:
         notes += check_tokenizer_json(tree, info.model if info else None, config, where)
         files[names.TOKENIZER_JSON] = built
-    elif raw is not None and info is not None:
+    elif build and raw is not None and info is not None:
         made, reason = tokenizer_json(raw, info.model)
         if made is None:
             notes.append(

@@ -238,8 +238,12 @@ class Layout:
             offset = 0
             for part, canonical_name in enumerate(names):
                 target = self.tensors[canonical_name].shape
-                at = {("layer",): layer, ("part",): part, ("cat",): offset}
-                one = {("layer",): 1, ("part",): 1, ("cat",): target[0]}
+                at: dict[tuple[str, ...], int] = {
+                    ("layer",): layer,
+                    ("part",): part,
+                    ("cat",): offset,
+                }
+                one: dict[tuple[str, ...], int] = {("layer",): 1, ("part",): 1, ("cat",): target[0]}
                 offset += target[0]
                 parts.append(
                     Placement(

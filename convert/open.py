@@ -188,16 +188,13 @@ def _open(
 
         source = torch_int8.combine(source)
     fits = best_matches(source)
-    if gating is not None:
-        wanted = (gating == "fd", None)
-        fits = [f for f in fits if f.variant.options.get("transposed") in wanted]
     sidecars = sidecar.find_sidecars(path, source.format)
     reading = resolve_config(source, fits, config, sidecars)
     if fix_config:
         from ..model.config_formats import fix
 
         reading = fix(reading)
-    layout = fit_shapes(source, fits, reading.config)
+    layout = fit_shapes(source, fits, reading.config, gating)
     tensors = {
         name: _lazy(source, *layout.placements[name], reading.config) for name in layout.tensors
     }
@@ -359,7 +356,9 @@ def _fused_misfit(fit: Match, config: GemmaConfig) -> bool:
     return fused and config.num_attention_heads != config.num_key_value_heads
 
 
-def fit_shapes(source: Source, fits: list[Match], config: GemmaConfig) -> Layout:
+def fit_shapes(
+    source: Source, fits: list[Match], config: GemmaConfig, gating: str | None = None
+) -> Layout:
     """The one table whose shapes all hold under ``config``.
 
     Raises:
@@ -386,7 +385,7 @@ def fit_shapes(source: Source, fits: list[Match], config: GemmaConfig) -> Layout
     wrong = [_shapes_differ(source, layout) for layout in candidates]
     fitting = [layout for layout, bad in zip(candidates, wrong, strict=True) if not bad]
     if len(fitting) > 1:
-        return _choose_orientation(source, fitting, config)
+        return _choose_orientation(source, fitting, config, gating)
     if fitting:
         return fitting[0]
     bad = min(wrong, key=len)
@@ -409,8 +408,13 @@ def _looks_like(source: Source, fits: list[Match]) -> str | None:
     return f"this looks like {name}; pass --config {name}."
 
 
-def _choose_orientation(source: Source, fitting: list[Layout], config: GemmaConfig) -> Layout:
+def _choose_orientation(
+    source: Source, fitting: list[Layout], config: GemmaConfig, gating: str | None
+) -> Layout:
     """Both gating orientations fit only when hidden_size equals intermediate_size."""
+    if gating is not None:
+        wanted = gating == "fd"
+        return next(x for x in fitting if x.variant.options.get("transposed") == wanted)
     for released in PRESETS.values():
         if released.config.with_(eos_token_id=config.eos_token_id) == config:
             return next(

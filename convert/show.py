@@ -133,13 +133,19 @@ def result(r: Report) -> str:
         ("checked", _checked(r)),
     ]
     out = [table(rows, indent="")]
-    for step in r["lossy"]:
-        out.append(
-            f"lossy    {step['step']}: {_number(step['changed'])} of {_number(step['elements'])} "
-            f"elements changed in {step['tensors']} tensors"
-        )
+    out += [f"step     {_step(step)}" for step in r["lossy"]]
     out += [f"note     {printable(n, 2000)}" for n in r["notes"]]
     return "\n".join(out)
+
+
+def _step(s: Report) -> str:
+    """One step that does arithmetic, and what it changed."""
+    if not s["changed"]:
+        return f"{s['step']}: {s['tensors']} tensors, every element comes back exactly"
+    return (
+        f"{s['step']}: {_number(s['changed'])} of {_number(s['elements'])} elements do not come "
+        f"back exactly, in {s['tensors']} tensors"
+    )
 
 
 def _wrote(r: Report) -> str:

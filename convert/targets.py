@@ -34,18 +34,18 @@ class PlanRequest:
 
 
 def _safetensors(r: PlanRequest) -> ContainerPlan:
-    from ..formats import safetensors
+    from ..formats.safetensors import plan
 
     stem = r.file_name.removesuffix(".safetensors") if r.file_name else "model"
-    return safetensors.plan(r.slots, max_shard_size=r.max_shard_size, stem=stem)
+    return plan(r.slots, max_shard_size=r.max_shard_size, stem=stem)
 
 
 def _gemma_pytorch(r: PlanRequest) -> ContainerPlan:
-    from ..formats import torch_pickle
+    from ..formats.torch_pickle import plan
 
     if r.max_shard_size is not None:
         # the sharded release is a Hugging Face style index over bare state dicts
-        return torch_pickle.plan(
+        return plan(
             r.slots,
             wrapper=None,
             max_shard_size=r.max_shard_size,
@@ -53,34 +53,34 @@ def _gemma_pytorch(r: PlanRequest) -> ContainerPlan:
             suffix=".bin",
         )
     stem, dot, suffix = (r.file_name or "model.ckpt").rpartition(".")
-    return torch_pickle.plan(
+    return plan(
         r.slots, wrapper="model_state_dict", max_shard_size=None, stem=stem, suffix=dot + suffix
     )
 
 
 def _huggingface_bin(r: PlanRequest) -> ContainerPlan:
-    from ..formats import torch_pickle
+    from ..formats.torch_pickle import plan
 
     stem, dot, suffix = (r.file_name or "pytorch_model.bin").rpartition(".")
-    return torch_pickle.plan(
+    return plan(
         r.slots, wrapper=None, max_shard_size=r.max_shard_size, stem=stem, suffix=dot + suffix
     )
 
 
 def _gguf(r: PlanRequest) -> ContainerPlan:
-    from ..formats import gguf
+    from ..formats.gguf import plan
 
-    return gguf.plan(r.slots, r.kv, file_name=r.file_name or "model.gguf")
+    return plan(r.slots, r.kv, file_name=r.file_name or "model.gguf")
 
 
 def _keras(r: PlanRequest) -> ContainerPlan:
-    from ..formats import keras_h5
+    from ..formats.keras_h5 import plan
 
-    return keras_h5.plan(r.slots, file_name=r.file_name or "model.weights.h5")
+    return plan(r.slots, file_name=r.file_name or "model.weights.h5")
 
 
 def _orbax(r: PlanRequest) -> ContainerPlan:
-    from ..formats import orbax
+    from ..formats.orbax import plan
 
     tree = ORBAX_TREES[r.layout.variant.name]
     chunks = {
@@ -89,9 +89,7 @@ def _orbax(r: PlanRequest) -> ContainerPlan:
         if row.layer_axis is not None
     }
     keys = {slot.name: tree.keys(slot.name) for slot in r.slots}
-    return orbax.plan(
-        r.slots, keys=keys, chunk_shapes=chunks, item=tree.item, constants=tree.constants
-    )
+    return plan(r.slots, keys=keys, chunk_shapes=chunks, item=tree.item, constants=tree.constants)
 
 
 def _nested_keys(name: str) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ def build(model: SentencePieceModel) -> bytes:
             "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
-    return json.dumps(tree, ensure_ascii=False, indent=2).encode("utf-8")
+    return json.dumps(tree, ensure_ascii=False).encode("utf-8")  # indenting takes ten times as long
 
 
 def _special(token: str, type_id: int) -> dict[str, Any]:
