@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def listing(path: str) -> dict[str, Any]:
         :func:`_dataset`. Groups reached twice are under ``"twice"``.
     """
     out: dict[str, Any] = {"datasets": [], "links": [], "others": [], "twice": []}
-    fid = h5f.open(path.encode(), h5f.ACC_RDONLY)
+    fid = h5f.open(os.fsencode(path), h5f.ACC_RDONLY)
     try:
         seen: set[int] = set()
         for name, kind, found in _objects(h5g.open(fid, b"/"), seen):
@@ -157,7 +158,7 @@ def _dtype_attribute(d: h5d.DatasetID) -> str | None:
 
 def rows(path: str, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
     """Rows ``start:stop`` of axis 0 of one dataset (all of a scalar), as they are stored: raw bytes."""
-    fid = h5f.open(path.encode(), h5f.ACC_RDONLY)
+    fid = h5f.open(os.fsencode(path), h5f.ACC_RDONLY)
     try:
         d = h5o.open(fid, name.encode("utf-8", "surrogateescape"))
         shape = (stop - start, *d.shape[1:]) if d.shape else ()

@@ -198,6 +198,16 @@ def test_reading_does_not_load_the_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", ["mit Leer zeichen", "\u00fcml\u00e4ut", "odd\udcff\n"])
+def test_any_path(process, tmp_path, name):
+    directory = tmp_path / name
+    directory.mkdir()
+    with h5py.File(os.fsencode(directory / "model.weights.h5"), "w") as f:
+        f.create_dataset("layers/a/vars/0", data=np.ones(4, "f4"), chunks=(2,))
+    source = keras_h5.open_source(directory, process=process)
+    assert source.tensors["layers/a/vars/0"].read().tolist() == [1] * 4
+
+
 # ---------------------------------------------------------------- other ways to store the same
 
 
