@@ -154,10 +154,10 @@ class Output:
             ConflictError, UnsafePathError, SpaceError, FileIOError: as entering the ``with`` block does.
         """
         stage, fs = self._stage, self._fs
+        paths.check_names(stage.dst, self._files.sizes, stage.suffixes)
         paths.check_kind(stage.dst, is_file=stage.single is not None)
         left = paths.check_kind(stage.partial, is_file=False)
         paths.check_apart([stage.dst, stage.partial], self._sources)
-        paths.check_names(stage.dst, self._files.sizes, stage.suffixes)
         if left:
             require_ours(fs, stage)
             return  # what it holds decides the rest, and may only be judged under the lock
