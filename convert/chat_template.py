@@ -1,11 +1,12 @@
 r"""Gemma's chat format as a Jinja template, and how to tell that a model was tuned for it.
 
-The format: ``<bos><start_of_turn>user\n…<end_of_turn>\n<start_of_turn>model\n…<end_of_turn>\n``; turns alternate,
-beginning with the user; there is no system turn.
+The format: ``<bos><start_of_turn>user\n…<end_of_turn>\n<start_of_turn>model\n…<end_of_turn>\n``;
+turns alternate, beginning with the user; there is no system turn.
 
-Nothing in a checkpoint of arrays tells an instruction-tuned model from a base model. The signs, in this order: what the
-user says; an end of sequence that includes ``<end_of_turn>``; a chat template beside the weights; ``it`` or ``instruct``
-as a word of the directory's or file's name, as in ``gemma2-2b-it``.
+Nothing in a checkpoint of arrays tells an instruction-tuned model from a base model. The signs, in
+this order: what the user says; an end of sequence that includes ``<end_of_turn>``; a chat template
+beside the weights; ``it`` or ``instruct`` as a word of the directory's or file's name, as in
+``gemma2-2b-it``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Everything but the weights that a Hugging Face directory needs, made from what travelled with the source.
+"""Everything but the weights that a Hugging Face directory needs, from what travelled along.
 
-Files of the source are kept as they are where they are right, mended where they are known to go wrong (BOS off), and
-made from tokenizer.model where they are absent. Nothing that asks a reader to run code is passed on.
+Files of the source are kept as they are where they are right, mended where they are known to go
+wrong (BOS off), and made from tokenizer.model where they are absent. Nothing that asks a reader to
+run code is passed on.
 """
 
 from __future__ import annotations
@@ -54,16 +55,17 @@ def huggingface_files(
 ) -> dict[str, bytes]:
     """The files beside the weights, by name.
 
-    config.json and generation_config.json always; with a tokenizer, tokenizer.model as it is, tokenizer_config.json with
-    BOS on, special_tokens_map.json, and tokenizer.json: the source's, else one built and proven equal to SentencePiece.
+    config.json and generation_config.json always; with a tokenizer, tokenizer.model as it is,
+    tokenizer_config.json with BOS on, special_tokens_map.json, and tokenizer.json: the source's,
+    else one built and proven equal to SentencePiece.
 
     Args:
         sidecars: what was found beside the source.
         config: the model.
         dtype: element type of the weights.
         instruction_tuned: whether the model is; None to tell by the signs in :mod:`.chat_template`.
-        build_tokenizer_json: whether to make a missing tokenizer.json (10 to 20 seconds for Gemma's vocabulary);
-            False for targets that have no use for it.
+        build_tokenizer_json: whether to make a missing tokenizer.json (ten seconds for 256,000
+            pieces); False for targets that have no use for it.
         notes: receives what was left out, mended or assumed, one sentence each.
 
     Raises:
@@ -221,7 +223,8 @@ def _mended(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 def built_tokenizer_config(info: TokenizerInfo) -> dict[str, Any]:
     """A tokenizer_config.json with the keys of the official Gemma releases.
 
-    Every control and user-defined piece is listed: llama.cpp's converter and transformers take their kinds from here.
+    Every control and user-defined piece is listed: llama.cpp's converter and transformers take
+    their kinds from here.
     """
     flags = {
         str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added_tokens(info.model)

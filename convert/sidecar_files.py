@@ -1,8 +1,9 @@
-"""Finding the small files that travel beside the weights: tokenizer, configuration, chat template, manifest.
+"""Finding the small files beside the weights: tokenizer, configuration, chat template, manifest.
 
-Every framework keeps them elsewhere. Kaggle's Flax and PyTorch downloads put ``tokenizer.model`` beside the checkpoint or
-one directory above it, Keras calls it ``assets/tokenizer/vocabulary.spm``, gemma_pytorch ships an empty stub. Files are
-only listed here; they are read, and found to be good or bad, when somebody asks for their content.
+Every framework keeps them elsewhere. Kaggle's Flax and PyTorch downloads put ``tokenizer.model``
+beside the checkpoint or one directory above it, Keras calls it ``assets/tokenizer/vocabulary.spm``,
+gemma_pytorch ships an empty stub. Files are only listed here; they are read, and found to be good
+or bad, when somebody asks for their content.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Sidecars:
         files: sidecar name -> path it was found at.
         notes: what was ignored or found in an unusual place, one sentence each.
         source_format: container module's name of the checkpoint.
-        contents: sidecar name -> bytes that take the place of a file (a tokenizer rebuilt from GGUF metadata).
+        contents: sidecar name -> bytes that take the place of a file (a tokenizer rebuilt from GGUF
+            metadata).
     """
 
     directory: Path
@@ -180,7 +182,8 @@ class Sidecars:
         """The same, but with the tokenizer the user names (``--tokenizer``).
 
         Args:
-            path: a SentencePiece file, or a directory with tokenizer files; nothing of the old tokenizer is kept.
+            path: a SentencePiece file, or a directory with tokenizer files; nothing of the old
+                tokenizer is kept.
 
         Raises:
             FileIOError: nothing there.

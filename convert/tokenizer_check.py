@@ -62,8 +62,8 @@ def check_tokenizer(
         added: ids past the file's that another file defines (a fine-tune's added tokens).
 
     Raises:
-        TokenizerError: damaged; another number of pieces than embedding rows, padding aside; ids of the configuration
-            that mean something else here.
+        TokenizerError: damaged; another number of pieces than embedding rows, padding aside; ids of
+            the configuration that mean something else here.
     """
     model = parse(tokenizer_model, where)
     pieces = len(model.pieces)
@@ -123,7 +123,8 @@ def check_tokenizer_json(
         Harmless differences, one sentence each.
 
     Raises:
-        TokenizerError: not a tokenizer.json, ids past the vocabulary, or ordinary pieces with other ids.
+        TokenizerError: not a tokenizer.json, ids past the vocabulary, or ordinary pieces with other
+            ids.
     """
     vocab = token_ids(tree, where)
     highest = max(vocab.values(), default=-1)

@@ -1,11 +1,13 @@
-"""tokenizer.json, the form Hugging Face's ``tokenizers`` reads, built from a SentencePiece BPE model and proven equal.
+"""tokenizer.json, which Hugging Face's ``tokenizers`` reads, from a SentencePiece BPE model.
 
-SentencePiece merges the pair whose result has the largest score; ``tokenizers`` merges the pair with the lowest rank in a
-list. So every way to split a piece in two becomes one entry of that list, ordered by the piece's score (as transformers'
-``GemmaConverter`` does). User-defined pieces are matched before any merge, longest first from the left, in both.
+SentencePiece merges the pair whose result has the largest score; ``tokenizers`` merges the pair
+with the lowest rank in a list. So every way to split a piece in two becomes one entry of that list,
+ordered by the piece's score (as transformers' ``GemmaConverter`` does). User-defined pieces are
+matched before any merge, longest first from the left, in both.
 
-Nothing guarantees that two programs agree on every text, so each file built here is compared with SentencePiece on every
-piece, on many joined pieces and on text of many scripts, and not written when one id differs.
+Nothing guarantees that two programs agree on every text, so each file built here is compared with
+SentencePiece on every piece, on many joined pieces and on text of many scripts, and not written
+when one id differs.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def tokenizer_json(
         model: the same file, parsed.
 
     Returns:
-        ``(file, None)``, or ``(None, reason)`` where it could not be built or encodes some text differently.
+        ``(file, None)``, or ``(None, reason)`` where it could not be built or encodes some text
+        differently.
     """
     reason = _unsuitable(model)
     if reason is None:
@@ -116,7 +119,9 @@ def build(model: SentencePieceModel) -> bytes:
             "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
-    return json.dumps(tree, ensure_ascii=False).encode("utf-8")  # indenting takes ten times as long
+    return json.dumps(tree, ensure_ascii=False).encode(
+        "utf-8"
+    )  # indenting is slow, and nobody reads it
 
 
 def _special(token: str, type_id: int) -> dict[str, Any]:
@@ -130,7 +135,8 @@ def _sequence(name: str, type_id: int) -> dict[str, Any]:
 def added_tokens(model: SentencePieceModel) -> list[dict[str, Any]]:
     """Pieces that are cut out of the text before any merge: control, unknown and user-defined ones.
 
-    User-defined pieces are looked for after normalisation, since SentencePiece writes a run of spaces as ``▁▁``.
+    User-defined pieces are looked for after normalisation, since SentencePiece writes a run of
+    spaces as ``▁▁``.
     """
     return [
         {
@@ -162,7 +168,8 @@ def merge_list(model: SentencePieceModel) -> list[tuple[str, str]]:
         for cut in range(1, len(piece))
         if piece[:cut] in parts and piece[cut:] in parts
     ]
-    # transformers' order: score, then the longer left part; equal splits of other pieces keep the order of ids
+    # transformers' order: score, then the longer left part; equal splits of other pieces keep the
+    # order of ids
     rows.sort(key=lambda row: row[:3], reverse=True)
     return [(piece[:cut], piece[cut:]) for _, cut, _, piece in rows]
 
@@ -210,7 +217,8 @@ def load_sentencepiece(tokenizer_model: bytes) -> Any:
 
 def _proof_texts(model: SentencePieceModel) -> Iterator[str]:
     """The built-in texts, every piece, and random sequences of pieces; always the same for the same model."""
-    # in text, these are plain characters to SentencePiece and tokens to Hugging Face: a wanted difference
+    # in text, these are plain characters to SentencePiece and tokens to Hugging Face: a wanted
+    # difference
     marks = [p for p, kind in zip(model.pieces, model.types, strict=True)
              if kind in (PieceType.CONTROL, PieceType.UNKNOWN)]  # fmt: skip
     for text in _candidates(model):

@@ -431,6 +431,8 @@ def test_a_tokenizer_from_other_metadata(tmp_path: Path) -> None:
     assert sidecars.names == ["tokenizer.model"]
     files = huggingface_files(sidecars, CONFIG, BF16)
     assert files["tokenizer.json"] == official_json()
+    fewer = huggingface_files(sidecars, CONFIG, BF16, build_tokenizer_json=False)
+    assert fewer == {k: v for k, v in files.items() if k != "tokenizer.json"}
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
