@@ -96,6 +96,7 @@ def test_kaggle_puts_the_tokenizer_above_the_checkpoint(tmp_path: Path) -> None:
     found = find_sidecars(checkpoint, "orbax")
     assert found.names == ["tokenizer.model"]  # nothing but the tokenizer is taken from there
     assert found.notes == (f"tokenizer.model is taken from {tmp_path}, above the weights",)
+    assert find_sidecars(checkpoint, "gguf").names == []  # GGUF metadata hold a tokenizer
     # but not from farther up, and not where the checkpoint has a tokenizer of its own
     deeper = checkpoint / "x"
     deeper.mkdir()
