@@ -11,9 +11,8 @@ import numpy.typing as npt
 U8 = npt.NDArray[np.uint8]
 Box = Sequence[tuple[int, int]]
 _COPY_BLOCK = 4 << 20
-_NEAR = (
-    16 << 10
-)  # runs nearer than this are read with what lies between: cheaper than one call per run
+# runs nearer than this are read with what lies between: cheaper than one call per run
+_NEAR = 16 << 10
 
 
 def one_run(shape: Sequence[int], itemsize: int, box: Box) -> tuple[int, int] | None:

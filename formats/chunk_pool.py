@@ -5,6 +5,7 @@ want its halves (gate, up), its rows or its layers. So every chunk in use is in 
 
 - a *cursor*: a decoder that stopped where the last read ended. Reads in order continue it and keep nothing. A read
   that comes a little early (two threads) keeps the skipped part in memory until it is asked for.
+  One far part (the last rows, before all others) is decoded to and kept by itself.
 - *loaded*, after a read that goes back or needs every n-th run (layers stacked along axis 1): decoded once, into memory if
   small, else into an unlinked temporary file. Memory is bounded for all chunks together: the chunk used
   longest ago moves to a temporary file too.
@@ -28,9 +29,7 @@ from .scratch import Scratch
 from .zarr_decode import DECODERS, U8, Decoder, Place
 
 _COPY_BLOCK = 4 << 20
-_NEAR = (
-    16 << 10
-)  # runs nearer than this are read with what lies between: cheaper than one call per run
+_PEEKS = 2
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class _Entry:
         self.segments: list[_Segment] = []
         self.data: U8 | None = None
         self.spill: Scratch | None = None
+        self.peeks = 0
         self.served = 0
         self.held = 0  # bytes reserved in the pool
         self.dead = False
@@ -71,11 +71,12 @@ class _Entry:
 
 @dataclass
 class _Segment:
-    """Decoded bytes that nobody asked for yet."""
+    """Decoded bytes that nobody asked for yet, or that are likely to be asked for again."""
 
     start: int
     data: U8
-    left: int
+    left: int  # bytes not asked for yet
+    stays: bool = False
 
 
 class ChunkPool:
@@ -164,8 +165,11 @@ class ChunkPool:
         in_order = gap == 0 and not (e.lost and start)
         early = 0 < gap <= self.limits.gap and not e.lost and self._reserve(e, gap)
         if not (in_order or early):
-            self._load(e, place)
-            self._loaded(e, start, out)
+            if gap > 0 and place.nbytes > self.limits.chunk and e.peeks < _PEEKS:
+                self._peek(e, place, start, out)
+            else:
+                self._load(e, place)
+                self._loaded(e, start, out)
             return
         decoder = e.decoder or self._open_cursor(e, place)
         if gap:
@@ -189,7 +193,9 @@ class ChunkPool:
             if a >= 0 and a + len(out) <= len(s.data):
                 out[:] = s.data[a : a + len(out)]
                 s.left -= len(out)
-                if s.left <= 0:
+                if s.stays:
+                    e.served -= len(out)  # counted when it was decoded
+                elif s.left <= 0:
                     e.segments.remove(s)
                     self._release(e, len(s.data))
                 return True
@@ -225,6 +231,20 @@ class ChunkPool:
                 spill.write(offset, part)
         finally:
             decoder.close()
+
+    def _peek(self, e: _Entry, place: Place, start: int, out: U8) -> None:
+        """Decode up to a far part and keep only that: cheaper than a temporary file, if it is not done often."""
+        e.peeks += 1
+        decoder = DECODERS[place.codec](place)
+        buffer = np.empty(min(_COPY_BLOCK, start), np.uint8)
+        try:
+            while decoder.position < start:
+                decoder.read_into(buffer[: start - decoder.position])
+            decoder.read_into(out)
+        finally:
+            decoder.close()
+        if len(out) <= _COPY_BLOCK and self._reserve(e, len(out)):
+            e.segments.append(_Segment(start, out.copy(), 0, stays=True))
 
     def _open_cursor(self, e: _Entry, place: Place) -> Decoder:
         self._make_room_for_cursor()
@@ -293,7 +313,6 @@ class ChunkPool:
                 v.spill = spill
             except ResourceError:
                 pass  # it is decoded again when it is needed again
-        self._close_cursor(v, lost=True)
         v.segments = []
         self._release(v, v.held)
 

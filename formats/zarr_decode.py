@@ -1,7 +1,7 @@
 """Decoders of one compressed chunk as a stream: read on from where the last read stopped, in bounded memory.
 
 One row per compressor. zstd through python-zstandard's stream reader is about twice as fast as tensorstore's decoder
-(measured in the module's benchmark notes) and releases the interpreter lock while it decodes.
+(1.1 against 0.5 GB/s per core, random bfloat16) and releases the interpreter lock while it decodes.
 """
 
 from __future__ import annotations

@@ -280,6 +280,26 @@ def test_stacked_along_axis_1(
     assert not tensor.pool._entries
 
 
+def test_last_rows_first_need_no_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion looks at the embedding's padding rows before it reads the embedding."""
+    array = random_array(7, BF16, (100, 64))
+    limits = PoolLimits(memory=4096, chunk=4096, gap=1024, cursors=4)
+    _, tensor = open_one(tmp_path, array, limits=limits, **ZSTD)
+    count = Counted(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch.Scratch, "__init__", None)
+        for _ in range(3):
+            assert same(tensor.read((slice(96, 100),)), array[96:])
+        for a in range(0, 96, 8):
+            assert same(tensor.read((slice(a, a + 8),)), array[a : a + 8])
+    assert count.opened == 2
+    assert count.decoded <= 2 * array.nbytes + 2
+    assert held(tensor) <= 4 * 128
+    for a in (40, 20, 60, 10):  # more far reads than are worth it: one temporary file
+        assert same(tensor.read((slice(a, a + 8),)), array[a : a + 8])
+    assert count.opened <= 5
+
+
 def test_backward_and_overlapping_reads(tmp_path: Path) -> None:
     array = random_array(6, BF16, (40, 50, 8))
     for limits in (SMALL, PoolLimits(4096, 4096, 4096, 1), PoolLimits(0, 0, 0, 1)):
