@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 from .. import __version__
 from ..formats import manifest as manifests
+from ..formats.dtypes import BY_SHORT
 from ..formats.errors import (
     ChecksumError,
     FormatError,
@@ -27,7 +29,7 @@ from ..model import canonical
 from ..model.config import GemmaConfig
 from . import digest
 from .open import Checkpoint, open_checkpoint
-from .plan import Conversion, Options, dtype_label, plan_conversion, plan_hash_inputs
+from .plan import Conversion, Options, Task, dtype_label, plan_conversion, plan_hash_inputs
 from .stream import TaskRecord, run_tasks
 from .targets import SOURCES, TARGETS, framework_of
 
@@ -173,7 +175,7 @@ def _execute(
         plan_hash_inputs(plan, identity),
         overwrite=overwrite,
         resume=resume,
-        sources=checkpoint.source.files or (checkpoint.path,),
+        sources=(checkpoint.path, *checkpoint.source.files) if checkpoint.source.files else (),
         single_file=plan.single_file,
         extra=plan.extra,
     ) as out:
@@ -258,14 +260,15 @@ def _entries(
     """Tensor entries that count for the fingerprint: padding rows only when they are not all zero."""
     entries = {name: getattr(r, side) for name, r in records.items()}
     padding = entries.pop(canonical.EMBED_PADDING, None)
-    if padding is not None and padding.sha256 != _zero_sha(plan.checkpoint):
+    if padding is not None and not _all_zero(padding):
         entries[canonical.EMBED_PADDING] = padding
     return entries
 
 
-def _zero_sha(checkpoint: Checkpoint) -> str:
-    padding = checkpoint.tensors[canonical.EMBED_PADDING]
-    return hashlib.sha256(bytes(padding.nbytes)).hexdigest()
+def _all_zero(entry: TensorEntry) -> bool:
+    """Whether these are zero bits, told by their hash."""
+    nbytes = math.prod(entry.shape) * BY_SHORT[entry.dtype].itemsize
+    return entry.sha256 == hashlib.sha256(bytes(nbytes)).hexdigest()
 
 
 def _root(entries: Mapping[str, TensorEntry]) -> str:
@@ -362,7 +365,7 @@ def _plan_report(plan: Conversion, dst: Path) -> Report:
     }
 
 
-def _streams(task: Any) -> bool:
+def _streams(task: Task) -> bool:
     return task.tensor.streams_rows and task.placement.reorder.is_identity
 
 
@@ -458,7 +461,7 @@ def _plain(value: Any) -> Any:
 def _released_name(config: GemmaConfig) -> str | None:
     from ..model.config import PRESETS
 
-    def shape(c: GemmaConfig) -> tuple[Any, ...]:
+    def shape(c: GemmaConfig) -> tuple[object, ...]:
         return (c.family, c.num_hidden_layers, *(v for k, v in c.axes.items() if k != "vocab"))
 
     wanted = shape(config)
@@ -496,7 +499,14 @@ def fingerprint(path: str | Path, *, config: str | Path | GemmaConfig | None = N
     return str(report["fingerprint"])
 
 
-def check(dst: str | Path, *, progress: Progress | None = None) -> Report:
+def check(
+    dst: str | Path,
+    *,
+    config: str | Path | GemmaConfig | None = None,
+    fix_config: bool = False,
+    gating: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Compare an output of g2conv with its manifest: every file's bytes and every tensor as read.
 
     Raises:
@@ -515,7 +525,9 @@ def check(dst: str | Path, *, progress: Progress | None = None) -> Report:
     expected = manifests.load(at)
     meter.start(sum(f.size for f in expected.files.values()), "hashing files")
     manifests.check_files(dst, expected, lambda n: meter(n, "files"))
-    with open_checkpoint(dst, container=expected.format) as c:
+    with open_checkpoint(
+        dst, config=config, container=expected.format, gating=gating, fix_config=fix_config
+    ) as c:
         meter.start(sum(t.nbytes for t in c.tensors.values()), "hashing tensors")
         found = digest.digests(c, meter)
         if digest.padding_is_zero(c):

@@ -205,11 +205,12 @@ def fingerprint(path: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
 @g2conv.command()
 @click.argument("dst", type=click.Path(path_type=Path))
+@_config_option
 @_output_options
-def check(dst: Path, as_json: bool, quiet: bool) -> None:
+def check(dst: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Verify an output of g2conv against its manifest: every file and every tensor."""
     with Meter(quiet=quiet or as_json) as meter:
-        report = api.check(dst, progress=meter)
+        report = api.check(dst, progress=meter, **options)
     _print(report, show.checked, as_json)
 
 

@@ -18,6 +18,7 @@ from ..formats.errors import (
     printable,
 )
 from ..model.canonical import LM_HEAD
+from ..model.config import Family
 from .layout import Rule, Variant, layer_name
 from .layouts import VARIANTS
 
@@ -104,7 +105,7 @@ class Match:
     """
 
     variant: Variant
-    family: str
+    family: Family
     num_layers: int
     missing: tuple[str, ...]
     extra: tuple[str, ...]
@@ -207,7 +208,7 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"
 
 
-def _match(variant: Variant, family: str, shapes: Mapping[str, tuple[int, ...]]) -> Match:
+def _match(variant: Variant, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Match:
     rules = variant.rules[family]
     period = variant.periods.get(family, 1)
     layers = _count_layers(rules, period, shapes)

@@ -13,11 +13,10 @@ from ..model.config_formats import llama_cpp_query_scalar, size_label, to_gguf
 from . import keras_preset
 from .gguf_vocab import TOKENS, gguf_vocab, sentencepiece_from_gguf
 from .sidecar import Sidecars, find_sidecars, huggingface_files
-from .sidecar_files import TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL
+from .sidecar_files import TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_MODEL
 
 KV_QUERY_SCALAR = "g2kit.query_pre_attn_scalar"
 _FILE_TYPE = {F32: 0, F16: 1, BF16: 32}  # llama.cpp's LLAMA_FTYPE of unquantized files
-NO_TOKENIZER = "no tokenizer was found beside the source; pass one with --tokenizer"
 
 
 def travelling(
@@ -54,9 +53,9 @@ def extra_files(
         dtype: element type of the weights.
         notes: findings are appended.
     """
-    files = huggingface_files(sidecars, config, dtype, notes=notes)
-    if not {TOKENIZER_MODEL, TOKENIZER_JSON} & files.keys():
-        notes.append(NO_TOKENIZER)
+    # KerasHub and llama.cpp read tokenizer.model; tokenizer.json takes seconds to build and prove
+    build = target not in ("keras", "gguf")
+    files = huggingface_files(sidecars, config, dtype, build_tokenizer_json=build, notes=notes)
     if target != "keras":
         return files
     # a preset directory has its own config.json and tokenizer.json
@@ -71,17 +70,18 @@ def gguf_kv(
     """Every key-value of a GGUF file: architecture, vocabulary, and what llama.cpp has no key for."""
     dtype = next(s.dtype for s in slots if len(s.shape) == 2)
     kv = to_gguf(config, f"{config.family} {size_label(config.num_parameters)}", _FILE_TYPE[dtype])
+    last = kv.pop()  # llama.cpp's converter ends with general.quantization_version
     if config.query_pre_attn_scalar != llama_cpp_query_scalar(config):
         kv.append((KV_QUERY_SCALAR, "f32", config.query_pre_attn_scalar))
-    files = huggingface_files(sidecars, config, dtype, notes=notes)
+    files = huggingface_files(sidecars, config, dtype, build_tokenizer_json=False, notes=notes)
     if TOKENIZER_MODEL not in files:
-        notes.append(f"{NO_TOKENIZER}: llama.cpp loads no GGUF without a vocabulary")
-        return kv
+        notes.append("llama.cpp loads no GGUF without a vocabulary")
+        return [*kv, last]
     settings = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     if TEMPLATE in files:
         settings.setdefault("chat_template", files[TEMPLATE].decode())
     rows = next(s.shape[0] for s in slots if s.name == "token_embd.weight")
-    return kv + gguf_vocab(files[TOKENIZER_MODEL], rows, settings, config.family)
+    return [*kv, *gguf_vocab(files[TOKENIZER_MODEL], rows, settings, config.family), last]
 
 
 __all__ = ["KV_QUERY_SCALAR", "extra_files", "gguf_kv", "travelling"]

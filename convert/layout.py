@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ..formats.base import Index
 from ..model import canonical
-from ..model.config import GemmaConfig
+from ..model.config import Family, GemmaConfig
 
 Array = npt.NDArray[Any]
 KINDS = ("local", "global")  # Gemma 2's alternation, layer 0 first
@@ -159,7 +159,7 @@ class Variant:
 
     name: str
     container: str
-    rules: Mapping[str, tuple[Rule, ...]]
+    rules: Mapping[Family, tuple[Rule, ...]]
     periods: Mapping[str, int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     describe: str = ""
@@ -331,7 +331,7 @@ def _tiles(
 
 
 def rules_for(
-    families: Iterable[str], build: Callable[[str], tuple[Rule, ...]]
-) -> dict[str, tuple[Rule, ...]]:
+    families: Iterable[Family], build: Callable[[Family], tuple[Rule, ...]]
+) -> dict[Family, tuple[Rule, ...]]:
     """Family -> table, for layouts that hold several families."""
     return {family: build(family) for family in families}

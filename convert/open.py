@@ -17,20 +17,25 @@ import numpy.typing as npt
 from ..formats.base import Source, Tensor, iter_row_blocks
 from ..formats.dtypes import FLOATS
 from ..formats.errors import ConfigError, DtypeError, FileIOError, ShapeError
+from ..formats.names import listing
 from ..formats.strict_json import load as load_json
 from ..model import canonical
-from ..model.config import PRESETS, GemmaConfig, preset
+from ..model.config import PRESETS, GemmaConfig
 from ..model.config_formats import (
     ConfigReading,
+    closest_preset,
     from_gguf,
     from_huggingface,
     from_keras,
     from_maxtext,
+    from_preset,
+    from_shapes,
+    shape_differences,
 )
 from . import sidecar
 from .detect import Match, best_matches, open_container
 from .extras import KV_QUERY_SCALAR
-from .layout import Layout, Placement, Row
+from .layout import Layout, Placement, Row, layer_name
 from .steps import STEPS, Step
 
 Array = npt.NDArray[Any]
@@ -204,6 +209,9 @@ def _open(
     ignored = [n for n in source.tensors if layout.variant.is_ignored(n)]
     if ignored:
         notes.append(f"left out, derived or training state: {', '.join(sorted(ignored)[:4])}")
+    extra = source.metadata.get("extra")
+    if extra:
+        notes.append(f"left out, not weights of the model: {listing(list(extra))}")
     return checkpoint
 
 
@@ -274,8 +282,7 @@ def config_option(option: str | Path | GemmaConfig) -> ConfigReading:
     if isinstance(option, GemmaConfig):
         return ConfigReading(option, dict.fromkeys(fields, "config argument"), [])
     if str(option) in PRESETS:
-        origin = dict.fromkeys(fields, f"preset {option}")
-        return ConfigReading(preset(str(option)).config, origin, [])
+        return from_preset(str(option), "--config")
     path = Path(option)
     if path.is_dir():
         path = path / "config.json"
@@ -285,7 +292,7 @@ def config_option(option: str | Path | GemmaConfig) -> ConfigReading:
             fix=f"use one of {', '.join(PRESETS)}, or a path to a Hugging Face config.json.",
         )
     try:
-        return read_config(load_json(path), path)
+        return read_config(load_json(path), path, label="--config key")
     except OSError as e:
         raise FileIOError(f"cannot read: {e.strerror}.", where=path) from e
 
@@ -298,7 +305,7 @@ _CONFIG_KINDS = (
 )
 
 
-def read_config(mapping: Any, where: Path) -> ConfigReading:
+def read_config(mapping: Any, where: Path, label: str = "config.json key") -> ConfigReading:
     """A parsed configuration of Hugging Face, MaxText or Keras, told apart by their keys."""
     if not isinstance(mapping, dict):
         raise ConfigError("the configuration is not a JSON object.", where=where)
@@ -306,7 +313,7 @@ def read_config(mapping: Any, where: Path) -> ConfigReading:
         for key, reader in _CONFIG_KINDS:
             if key in mapping:
                 return reader(mapping, where)
-    return from_huggingface(mapping, where)
+    return from_huggingface(mapping, where, label=label)
 
 
 def _shapes_differ(
@@ -329,26 +336,37 @@ def _layout(source: Source, fit: Match, config: GemmaConfig) -> Layout:
 
 
 def _from_released_shapes(source: Source, fits: list[Match]) -> ConfigReading:
-    for fit in fits:
-        for name, released in PRESETS.items():
-            config = released.config
-            if config.family != fit.family or config.num_hidden_layers != fit.num_layers:
-                continue
-            if _fused_misfit(fit, config):
-                continue
-            if not _shapes_differ(source, _layout(source, fit, config)):
-                fields = GemmaConfig.__dataclass_fields__
-                return ConfigReading(config, dict.fromkeys(fields, f"shapes, as in {name}"), [])
-    fit = fits[0]
-    some = [n for n in source.tensors if "0" in n or "norm" in n or "embed" in n][:6]
-    listed = ", ".join(f"{n} {source.tensors[n].shape}" for n in some)
-    raise ConfigError(
-        f"{fit.num_layers} layers of {fit.family} with shapes of no released size ({listed}), and no "
-        "configuration beside them. No checkpoint of this kind stores the query scale, soft-caps, "
-        "sliding window, RoPE base and norm epsilon, and g2kit does not guess them.",
-        where=source.path,
-        fix="pass --config with a Hugging Face config.json of this model (or a preset name such as gemma2-2b).",
-    )
+    """The released model whose shapes these are; an error that lists what was found otherwise."""
+    found = [sizes for fit in fits if (sizes := _axis_sizes(source, fit)) is not None]
+    if not found:
+        raise ShapeError(
+            "the tensors' shapes contradict each other.",
+            where=source.path,
+            fix="get the checkpoint again; it may mix files of several models.",
+        )
+    return from_shapes(fits[0].family, found[0], source.path)
+
+
+def _axis_sizes(source: Source, fit: Match) -> dict[str, int] | None:
+    """Sizes of the named axes that the first layer's shapes show; None when they contradict each other."""
+    sizes: dict[str, int] = {"layers": fit.num_layers}
+    fused = 0
+    period = fit.variant.periods.get(fit.family, 1)
+    for rule in fit.variant.rules[fit.family]:
+        shape = source.tensors[layer_name(rule.foreign, 0, period)].shape
+        groups = canonical.axis_groups(rule.axes.split("->")[0])
+        if len(groups) != len(shape):
+            return None
+        for group, size in zip(groups, shape, strict=True):
+            if group == ("cat",):
+                fused = size
+            elif group not in (("layer",), ("part",)):
+                axis = group[0] if len(group) == 1 else f"({' '.join(group)})"
+                if sizes.setdefault(axis, size) != size:
+                    return None
+    if fused:  # q, k and v rows in one matrix
+        sizes["(k h)"] = (fused - sizes["(n h)"]) // 2
+    return sizes
 
 
 def _fused_misfit(fit: Match, config: GemmaConfig) -> bool:
@@ -400,12 +418,15 @@ def fit_shapes(
 
 
 def _looks_like(source: Source, fits: list[Match]) -> str | None:
-    try:
-        found = _from_released_shapes(source, fits)
-    except ConfigError:
-        return None
-    name = next(iter(found.origin.values())).rpartition(" ")[2]
-    return f"this looks like {name}; pass --config {name}."
+    """Advice when the shapes are a released model's."""
+    for fit in fits:
+        sizes = _axis_sizes(source, fit)
+        if sizes is None:
+            continue
+        name = closest_preset(fit.family, sizes)
+        if name and not shape_differences(name, sizes):
+            return f"this looks like {name}; pass --config {name}."
+    return None
 
 
 def _choose_orientation(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..formats.base import ContainerPlan, Slot
+from ..formats.base import Array, ContainerPlan, Index, Slot, Tensor
 from ..formats.dtypes import BY_SHORT, F32, names, short
 from ..formats.errors import DtypeError, LossyError, UsageError
 from ..model import canonical
@@ -267,7 +267,27 @@ def _tasks(
         if row.dtype is not None and tensor.dtype.itemsize > model_dtype.itemsize:
             read_dtype = row.dtype
         tasks.append(Task(tensor, row, placement, dtype, step, read_dtype))
+    if canonical.EMBED_PADDING in layout.placements.keys() - checkpoint.tensors.keys():
+        tasks.insert(1, _zero_rows(layout, tasks[0]))
     return tasks
+
+
+class _Zeros(Tensor):
+    """Embedding rows the source does not have."""
+
+    def read(self, index: Index = ()) -> Array:
+        """Zeros of the shape that indexing gives."""
+        return np.zeros(self.shape, self.dtype)[index]
+
+
+def _zero_rows(layout: Layout, embedding: Task) -> Task:
+    row, placement = layout.placements[canonical.EMBED_PADDING]
+    at = placement.reorder.canonical_shape
+    dtype = embedding.tensor.dtype
+    zeros = _Zeros(placement.canonical, dtype, at, embedding.tensor.source.where, "zeros")
+    whole = replace(placement, start=(0,) * len(at))
+    tensor = LazyTensor(zeros, whole, None, layout.config)
+    return Task(tensor, row, placement, embedding.dtype, None, embedding.read_dtype)
 
 
 def _kinds(checkpoint: Checkpoint) -> str:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..formats.dtypes import F32
 from ..model.config import GemmaConfig
+from ..model.config_formats import llama_cpp_query_scalar
 
 Array = npt.NDArray[Any]
 
@@ -54,13 +55,6 @@ class Step:
         wide = x.dtype if x.dtype.itemsize > 4 else F32
         y = (x.astype(wide) - wide.type(self.offset)) / wide.type(self.factor(config))
         return np.asarray(y).astype(dtype)
-
-
-def llama_cpp_query_scalar(config: GemmaConfig) -> float:
-    """The query scalar llama.cpp assumes: it reads none, and tells the 27B by its 46 layers."""
-    if config.family == "gemma2" and config.num_hidden_layers == 46:
-        return config.hidden_size / config.num_attention_heads
-    return float(config.head_dim)
 
 
 STEPS: dict[str, Step] = {

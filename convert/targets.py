@@ -10,6 +10,7 @@ from ..formats.base import ContainerPlan, Slot
 from ..formats.dtypes import BF16, F16, F32, F64
 from ..formats.errors import DtypeError, UsageError
 from ..model.config import PRESETS, GemmaConfig
+from .keras_preset import preset_groups
 from .layout import Layout, Variant
 from .layouts import VARIANTS
 
@@ -76,7 +77,12 @@ def _gguf(r: PlanRequest) -> ContainerPlan:
 def _keras(r: PlanRequest) -> ContainerPlan:
     from ..formats.keras_h5 import plan
 
-    return plan(r.slots, file_name=r.file_name or "model.weights.h5")
+    return plan(
+        r.slots,
+        file_name=r.file_name or "model.weights.h5",
+        groups=preset_groups(r.layout.config),
+        max_shard_size=r.max_shard_size,
+    )
 
 
 def _orbax(r: PlanRequest) -> ContainerPlan:
@@ -175,7 +181,9 @@ TARGETS: dict[str, Target] = {
         ),
         Target("gguf", ("gguf",), "gguf", _gguf, (".gguf",), dtypes=(BF16, F16, F32)),
         Target("maxtext", ("scanned", "unscanned"), "orbax", _orbax, holds_padding=True),
-        Target("keras", ("keras",), "keras_h5", _keras, (".h5",), dtypes=(BF16, F16, F32)),
+        Target(
+            "keras", ("keras",), "keras_h5", _keras, (".h5",), shards=True, dtypes=(BF16, F16, F32),
+        ),
     )
 }  # fmt: skip
 # every layout name a framework may be read from

@@ -17,6 +17,7 @@ from .config_shapes import (
     closest_preset,
     from_preset,
     from_shapes,
+    shape_differences,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "from_shapes",
     "keras_caveats",
     "llama_cpp_query_scalar",
+    "shape_differences",
     "size_label",
     "to_gguf",
     "to_huggingface",

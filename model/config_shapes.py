@@ -98,7 +98,7 @@ def _with_rows(preset: Preset, rows: int | None) -> ConfigReading:
 def _unknown(family: Family, shapes: Mapping[str, int], where: Where) -> ConfigError:
     found = ", ".join(f"{_LABELS[axis]} {size}" for axis, size in shapes.items())
     near = closest_preset(family, shapes)
-    looks = f" It looks like {near}, but {_differences(near, shapes)}." if near else ""
+    looks = f" It looks like {near}, but {shape_differences(near, shapes)}." if near else ""
     example = {"model_type": family} | {
         _LABELS[a]: shapes.get(a, "…") for a in ("layers", "d", "f", "n", "k", "h")
     }
@@ -127,7 +127,8 @@ def closest_preset(family: Family, shapes: Mapping[str, int]) -> str | None:
     return best if 2 * scores[best] >= max(len(known), 1) else None
 
 
-def _differences(name: str, shapes: Mapping[str, int]) -> str:
+def shape_differences(name: str, shapes: Mapping[str, int]) -> str:
+    """Where a released model's sizes are others, as text; empty when they agree."""
     sizes = axis_sizes(BASES[name].config)
     wrong = [axis for axis in shapes if axis != "vocab" and sizes[axis] != shapes[axis]]
     return ", ".join(f"{_LABELS[a]} is {sizes[a]} there" for a in wrong)

@@ -103,7 +103,7 @@ def main() -> None:
         "text", type=Path, help="the Debian package python3.11-doc, or its _sources directory"
     )
     parser.add_argument("--out", type=Path, default=Path("sample-run"))
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument(
         "--long-steps", type=float, default=0.2, help="part of the run at length 512, at the end"
     )
