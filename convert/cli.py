@@ -159,7 +159,7 @@ def _pair_command(a: str, b: str) -> click.Command:
     return command
 
 
-@g2conv.command()
+@g2conv.command(short_help="Convert SRC, whatever it is, to DST.")
 @_convert_options
 @click.option("--to", type=click.Choice(FRAMEWORKS), required=True, help="Framework to write.")
 def convert(**options: Any) -> None:
@@ -181,7 +181,7 @@ def _convert(
         meter.say(line)
 
 
-@g2conv.command()
+@g2conv.command(short_help="Show format, layout, configuration and anything odd.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_config_option
@@ -192,7 +192,7 @@ def inspect(path: Path, tensors: bool, as_json: bool, quiet: bool, **options: An
     _print(report, lambda r: show.inspection(r, tensors=tensors), as_json)
 
 
-@g2conv.command()
+@g2conv.command(short_help="Print the fingerprint: equal for equal weights.")
 @click.argument("path", type=click.Path(path_type=Path))
 @_config_option
 @_output_options
@@ -203,7 +203,7 @@ def fingerprint(path: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     _print(report, lambda r: f"{r['fingerprint']}  {r['path']}", as_json)
 
 
-@g2conv.command()
+@g2conv.command(short_help="Verify an output against its manifest.")
 @click.argument("dst", type=click.Path(path_type=Path))
 @_config_option
 @_output_options
@@ -214,7 +214,7 @@ def check(dst: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     _print(report, show.checked, as_json)
 
 
-@g2conv.command()
+@g2conv.command(short_help="Write the bundled model, a small trained Gemma 2.")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--to", type=click.Choice(FRAMEWORKS), default="safetensors", show_default=True, help="Format."

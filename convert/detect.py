@@ -49,6 +49,8 @@ def open_container(path: Path, prefer: str | None = None) -> Source:
     if not path.exists():
         raise FileIOError("no such file or directory.", where=path)
     kinds = _in_directory(path) if path.is_dir() else [_of_file(path)]
+    if not kinds:
+        return _below(path)
     if prefer is not None and prefer in kinds:
         kinds = [prefer]
     if len(kinds) > 1:
@@ -64,13 +66,28 @@ def open_container(path: Path, prefer: str | None = None) -> Source:
 
 
 def _in_directory(path: Path) -> list[str]:
-    kinds = [
+    return [
         kind
         for kind, (patterns, _) in _CONTAINERS.items()
         if any(any(path.glob(p)) for p in patterns)
     ]
-    # an Orbax checkpoint may lie below (step or item directories); its reader looks there
-    return kinds or ["orbax"]
+
+
+def _below(path: Path) -> Source:
+    """An Orbax checkpoint may lie in a step or item directory; nothing else may."""
+    from ..formats.orbax import open_source
+
+    try:
+        return open_source(path)
+    except FormatError as e:
+        if any(p.is_dir() for p in path.iterdir()):
+            raise
+        known = ", ".join(p for patterns, _ in _CONTAINERS.values() for p in patterns)
+        raise FormatError(
+            "no checkpoint in this directory.",
+            where=path,
+            fix=f"pass a directory that holds one of {known}.",
+        ) from e
 
 
 def _of_file(path: Path) -> str:

@@ -102,7 +102,7 @@ def plan(r: Report) -> str:
         ("free", f"{size(r['resources']['free_bytes'])} on that file system"),
         ("memory", f"about {size(r['resources']['peak_bytes'])} above the interpreter's own"),
         ("time", _estimate(r["resources"])),
-        ("lossy", "; ".join(r["lossy_steps"]) or "nothing: bit for bit"),
+        ("steps", _steps(r["lossy_steps"])),
     ]
     out = ["plan (nothing was written)", table(rows)]
     files = [(f"{printable(f['name'])}", size(f["bytes"])) for f in r["output"]["files"][:40]]
@@ -112,6 +112,12 @@ def plan(r: Report) -> str:
     if r["notes"]:
         out += ["notes", *(f"  - {printable(n, 2000)}" for n in r["notes"])]
     return "\n".join(out)
+
+
+def _steps(steps: list[str]) -> str:
+    if not steps:
+        return "none: bit for bit"
+    return f"{', '.join(steps)}; elements that do not come back exactly are counted when it runs"
 
 
 def _estimate(resources: Report) -> str:

@@ -1,5 +1,4 @@
-"""A SentencePiece model file (``tokenizer.model``, ``vocabulary.spm``) as plain data: pieces,
-scores, types, flags.
+"""A SentencePiece model file (``tokenizer.model``, ``vocabulary.spm``) as plain data.
 
 SentencePiece's own Python class tells neither which pieces are user-defined nor how text is
 normalised, and its protobuf classes need the protobuf package. The file is a protobuf message of
@@ -242,7 +241,7 @@ class _Reader:
         try:
             return text.decode("utf-8"), score, _KINDS[kind]
         except UnicodeDecodeError:
-            raise self.damaged(f"piece {index} is not UTF-8", at)
+            raise self.damaged(f"piece {index} is not UTF-8", at) from None
 
     def values(self, at: int, stop: int) -> dict[int, int | bytes]:
         """Last value of every number and byte field of a message."""
