@@ -375,7 +375,7 @@ class Output:
         self._flush()
         self._hasher.stop()
         self._check()
-        files = self._hashes.finish()
+        files = self._hashes.finish(2 if self._background else 1)
         if self._stage.single:
             files = {self._stage.dst.name: files[self._stage.single]}
         manifest = replace(manifest, files=files)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -23,7 +24,8 @@ from .output_paths import directories
 from .output_ranges import Ranges, Span
 
 _MAX_OPEN = 128
-_READ = 4 << 20
+_READ = 1 << 20
+_LOOK_AHEAD = 8  # files; writers follow the plan's order
 
 
 class _Open:
@@ -200,50 +202,67 @@ class DataFiles:
             ofs.close(self._fs, self._open.popitem()[1].fd)
 
 
+class _Job:
+    """One file being hashed."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+        self.hash = hashlib.sha256()
+        self.at = self.hint = self.final = 0
+
+
 class FileHashes:
-    """sha256 of every file, following the writers as bytes become final.
+    """sha256 of every file, following the writers as bytes become final. Thread-safe.
 
     So most of the hashing is over, out of the page cache, by the time the last byte is written.
     """
 
     def __init__(self, files: DataFiles) -> None:
         self._files = files
-        self._names = list(files.sizes)
-        self._buffer = memoryview(bytearray(_READ))
-        self._start()
-        self.entries: dict[str, FileEntry] = {}
-
-    def _start(self) -> None:
-        self._hash, self._at, self._hint = hashlib.sha256(), 0, 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether every file is hashed."""
-        return len(self.entries) == len(self._names)
+        self._lock = Lock()
+        self._idle = deque(_Job(name, size) for name, size in files.sizes.items())
+        self._entries: dict[str, FileEntry] = {}
 
     def advance(self) -> bool:
-        """Hash the next block; False when there is none that is final."""
-        if self.complete:
+        """Hash the next block of some file; False when there is none that is final."""
+        job = self._take()
+        if job is None:
             return False
-        name = self._names[len(self.entries)]
-        size = self._files.sizes[name]
-        final, self._hint = self._files.final_until(name, self._at, self._hint)
-        if self._at == final < size:
-            return False
-        part = self._buffer[: min(_READ, final - self._at)]
-        if part:
-            self._files.read(name, part, self._at)
-            self._hash.update(part)
-            self._at += len(part)
-        if self._at == size:
-            self.entries[name] = FileEntry(size, self._hash.hexdigest())
-            self._start()
+        try:
+            part = memoryview(bytearray(min(_READ, job.final - job.at)))
+            self._files.read(job.name, part, job.at)
+            job.hash.update(part)
+            job.at += len(part)
+        finally:
+            with self._lock:
+                if job.at == job.size:
+                    self._entries[job.name] = FileEntry(job.size, job.hash.hexdigest())
+                else:
+                    self._idle.appendleft(job)
         return True
 
-    def finish(self) -> dict[str, FileEntry]:
-        """Hash the rest."""
-        while self.advance():
-            pass
-        if not self.complete:
+    def _take(self) -> _Job | None:
+        """The first of the next few files that has final bytes to hash."""
+        with self._lock:
+            for k in range(min(_LOOK_AHEAD, len(self._idle))):
+                job = self._idle[k]
+                job.final, job.hint = self._files.final_until(job.name, job.at, job.hint)
+                if job.final > job.at or job.size == 0:
+                    del self._idle[k]
+                    return job
+        return None
+
+    def finish(self, threads: int) -> dict[str, FileEntry]:
+        """Hash the rest; the entries in the files' order."""
+
+        def work(_: int) -> None:
+            while self.advance():
+                pass
+
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, range(threads)))
+        work(0)
+        if len(self._entries) != len(self._files.sizes):
             raise LayoutError("some bytes were never written.", where=self._files.root)
-        return self.entries
+        return {name: self._entries[name] for name in self._files.sizes}
