@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from .. import __version__
 from ..formats import manifest as manifests
-from ..formats.dtypes import BY_SHORT
 from ..formats.errors import (
     ChecksumError,
     FormatError,
@@ -21,8 +20,6 @@ from ..formats.errors import (
     ResumeError,
     UsageError,
 )
-from ..formats.fingerprint import fingerprint as fingerprint_of
-from ..formats.fingerprint import leaf
 from ..formats.manifest import FileEntry, LossyStep, Manifest, TensorEntry
 from ..formats.output import Output
 from ..model import canonical
@@ -254,33 +251,21 @@ def _check_written(
     return len(records)
 
 
-def _entries(
-    plan: Conversion, records: Mapping[str, TaskRecord], side: str
-) -> dict[str, TensorEntry]:
-    """Tensor entries that count for the fingerprint: padding rows only when they are not all zero."""
-    entries = {name: getattr(r, side) for name, r in records.items()}
-    padding = entries.pop(canonical.EMBED_PADDING, None)
-    if padding is not None and not _all_zero(padding):
-        entries[canonical.EMBED_PADDING] = padding
-    return entries
+def _entries(records: Mapping[str, TaskRecord], side: str) -> dict[str, TensorEntry]:
+    """Tensor entries of the ``source`` or the ``output``."""
+    return digest.counting({name: getattr(r, side) for name, r in records.items()})
 
 
-def _all_zero(entry: TensorEntry) -> bool:
-    """Whether these are zero bits, told by their hash."""
-    nbytes = math.prod(entry.shape) * BY_SHORT[entry.dtype].itemsize
-    return entry.sha256 == hashlib.sha256(bytes(nbytes)).hexdigest()
+def _source_root(records: Mapping[str, TaskRecord]) -> str:
+    entries = _entries(records, "source")
+    dropped = records[canonical.EMBED].dropped
+    return digest.root(entries | ({canonical.EMBED_PADDING: dropped} if dropped else {}))
 
 
-def _root(entries: Mapping[str, TensorEntry]) -> str:
-    return fingerprint_of({n: leaf(n, e.dtype, e.shape, e.sha256) for n, e in entries.items()})
-
-
-def _source_root(plan: Conversion, records: Mapping[str, TaskRecord]) -> str:
-    entries = _entries(plan, records, "source")
-    if plan.embedding.get("dropped_rows") and not plan.embedding["dropped_all_zero"]:
-        padding = plan.checkpoint.tensors[canonical.EMBED_PADDING]
-        entries[canonical.EMBED_PADDING] = digest.digest(padding)
-    return _root(entries)
+def _dropped_values(records: Mapping[str, TaskRecord]) -> int:
+    """Elements of embedding rows that were left out although they are not all zero."""
+    dropped = records[canonical.EMBED].dropped
+    return 0 if dropped is None or digest.is_zero(dropped) else math.prod(dropped.shape)
 
 
 def _lossy(plan: Conversion, records: Mapping[str, TaskRecord]) -> list[LossyStep]:
@@ -290,23 +275,22 @@ def _lossy(plan: Conversion, records: Mapping[str, TaskRecord]) -> list[LossySte
         if task.changes:
             name = task.placement.step if task.step else f"to {task.dtype}"
             steps.setdefault(str(name), {})[task.tensor.name] = records[task.tensor.name].changed
-    if plan.embedding.get("dropped_rows") and not plan.embedding["dropped_all_zero"]:
-        width = plan.checkpoint.config.hidden_size
-        steps["drop_padding"] = {canonical.EMBED_PADDING: plan.embedding["dropped_rows"] * width}
+    if lost := _dropped_values(records):
+        steps["drop_padding"] = {canonical.EMBED_PADDING: lost}
     for name in plan.checkpoint.quantized:
         steps.setdefault("dequantize", {})[name] = 0
     return [LossyStep(name, counts) for name, counts in sorted(steps.items())]
 
 
 def _manifest(plan: Conversion, records: Mapping[str, TaskRecord]) -> Manifest:
-    dropped = plan.embedding.get("dropped_rows", 0) if plan.embedding.get("dropped_all_zero") else 0
+    dropped = 0 if _dropped_values(records) else plan.embedding.get("dropped_rows", 0)
     return Manifest(
         tool_version=__version__,
         format=plan.target.container,
         layout=plan.layout.variant.name,
         dtype=dtype_label(plan.slots),
-        source_fingerprint=_source_root(plan, records),
-        tensors=_entries(plan, records, "output"),
+        source_fingerprint=_source_root(records),
+        tensors=_entries(records, "output"),
         files={},  # the output knows them
         lossy=tuple(_lossy(plan, records)),
         padding_rows={canonical.EMBED: dropped} if dropped else {},
@@ -379,8 +363,8 @@ def _result_report(
     began: float,
 ) -> Report:
     source, output = _describe(plan, dst)
-    source["fingerprint"] = _source_root(plan, records)
-    output["fingerprint"] = _root(_entries(plan, records, "output"))
+    source["fingerprint"] = _source_root(records)
+    output["fingerprint"] = digest.root(_entries(records, "output"))
     sizes = {t.tensor.name: t.tensor.nbytes // t.tensor.dtype.itemsize for t in plan.tasks}
     lossy = [
         {
@@ -481,15 +465,14 @@ def fingerprint_report(
     with open_checkpoint(path, config=config, gating=gating, fix_config=fix_config) as c:
         meter.start(sum(t.nbytes for t in c.tensors.values()), "hashing")
         records = digest.digests(c, meter)
-        zero = digest.padding_is_zero(c)
         return {
             "path": str(path),
-            "fingerprint": digest.root(records, zero),
-            "tensors": len(records),
+            "fingerprint": digest.root(records),
+            "tensors": len(digest.counting(records)),
             "dtypes": dict(Counter(r.dtype for r in records.values())),
             "quantized": len(c.quantized),
             "padding_rows": c.layout.embedding_rows - c.config.vocab_size,
-            "padding_counts": not zero,
+            "padding_counts": canonical.EMBED_PADDING in digest.counting(records),
         }
 
 
@@ -529,9 +512,7 @@ def check(
         dst, config=config, container=expected.format, gating=gating, fix_config=fix_config
     ) as c:
         meter.start(sum(t.nbytes for t in c.tensors.values()), "hashing tensors")
-        found = digest.digests(c, meter)
-        if digest.padding_is_zero(c):
-            found.pop(canonical.EMBED_PADDING, None)
+        found = digest.counting(digest.digests(c, meter))
     wrong = [
         n for n in expected.tensors.keys() | found.keys() if found.get(n) != expected.tensors.get(n)
     ]

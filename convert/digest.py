@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.dtypes import BF16, F16, F32, short
+from ..formats.dtypes import BF16, BY_SHORT, F16, F32, short
 from ..formats.fingerprint import TensorHasher, leaf
 from ..formats.fingerprint import fingerprint as fingerprint_of
 from ..formats.manifest import TensorEntry
@@ -63,6 +65,12 @@ def entry(hasher: TensorHasher) -> TensorEntry:
     return TensorEntry(short(hasher.dtype), hasher.shape, hasher.hexdigest())
 
 
+def is_zero(record: TensorEntry) -> bool:
+    """Whether these are zero bits, told by their hash."""
+    nbytes = math.prod(record.shape) * BY_SHORT[record.dtype].itemsize
+    return record.sha256 == hashlib.sha256(bytes(nbytes)).hexdigest()
+
+
 def digests(
     checkpoint: Checkpoint, progress: Progress = no_progress, workers: int = WORKERS
 ) -> dict[str, TensorEntry]:
@@ -74,23 +82,16 @@ def digests(
     return run_all({n: job(t) for n, t in checkpoint.tensors.items()}, workers)
 
 
-def root(records: Mapping[str, TensorEntry], padding_is_zero: bool) -> str:
-    """The fingerprint. All-zero padding rows carry nothing and do not count; others do."""
+def counting(records: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The records that make the fingerprint: all-zero padding rows carry nothing and do not count."""
+    return {n: r for n, r in records.items() if n != canonical.EMBED_PADDING or not is_zero(r)}
+
+
+def root(records: Mapping[str, TensorEntry]) -> str:
+    """The fingerprint over every tensor's record."""
     return fingerprint_of(
-        {
-            name: leaf(name, r.dtype, r.shape, r.sha256)
-            for name, r in records.items()
-            if not (name == canonical.EMBED_PADDING and padding_is_zero)
-        }
+        {n: leaf(n, r.dtype, r.shape, r.sha256) for n, r in counting(records).items()}
     )
-
-
-def padding_is_zero(checkpoint: Checkpoint) -> bool:
-    """Whether the embedding rows past vocab_size are all zero bits (true when there are none)."""
-    padding = checkpoint.tensors.get(canonical.EMBED_PADDING)
-    if padding is None:
-        return True
-    return not any(np.any(rows.view(np.uint8)) for _, _, rows in padding.blocks())
 
 
 # exponent bits all ones: NaN or infinity; compared as integers, several times faster than isfinite

@@ -14,7 +14,7 @@ from ..formats.dtypes import BY_SHORT, F32, names, short
 from ..formats.errors import DtypeError, LossyError, UsageError
 from ..model import canonical
 from ..model.config import GemmaConfig
-from .digest import padding_is_zero, same_bits
+from .digest import same_bits
 from .extras import extra_files, gguf_kv, travelling
 from .layout import Layout, Placement, Row
 from .open import Checkpoint, LazyTensor
@@ -58,6 +58,9 @@ class Task:
         dtype: the slot's element type.
         step: arithmetic on the way out, or None.
         read_dtype: dtype in which the target's reader will give it back.
+        dropped: rows stored behind this tensor that the target does not hold; read right after it, so that
+            a compressed embedding is decoded once.
+        refusal: raised when ``dropped`` holds anything but zeros; None where that is accepted.
     """
 
     tensor: LazyTensor
@@ -66,6 +69,8 @@ class Task:
     dtype: np.dtype
     step: Step | None
     read_dtype: np.dtype
+    dropped: LazyTensor | None = None
+    refusal: LossyError | None = None
 
     @property
     def changes(self) -> bool:
@@ -130,6 +135,8 @@ def plan_conversion(checkpoint: Checkpoint, dst: Path, options: Options) -> Conv
     variant = target_variant(target, options.layout, config, options.gating)
     layout = Layout(variant, config, rows)
     tasks = _tasks(checkpoint, layout, options, notes)
+    if embedding.get("dropped_rows"):
+        tasks[0] = _dropping(checkpoint, tasks[0], target, options)
     slots = _slots(layout, tasks, target)
     single = dst.name if dst.suffix in target.single_file and not dst.is_dir() else None
     if single and options.max_shard_size is not None:
@@ -213,19 +220,26 @@ def _embedding_rows(
         return account["rows"], account
     if padding == 0:
         return vocab, account
-    zero = padding_is_zero(checkpoint)
-    if not zero and not options.drop_padding:
-        raise LossyError(
-            f"the embedding has {found} rows, {padding} more than vocab_size {vocab}, and they are not all zero; "
-            f"{target.name} cannot hold them.",
-            where=checkpoint.path,
-            tensor=checkpoint.tensors[canonical.EMBED].source.name,
-            fix="pass --drop-padding to leave them out (no token id reaches them), or convert to flax or maxtext.",
-        )
-    account |= {"rows": vocab, "dropped_rows": padding, "dropped_all_zero": zero}
-    kind = "all zero" if zero else "not all zero, --drop-padding"
+    account |= {"rows": vocab, "dropped_rows": padding}
+    kind = (
+        "accepted by --drop-padding" if options.drop_padding else "all zero, or the run is refused"
+    )
     notes.append(f"{padding} embedding rows past vocab_size left out ({kind})")
     return vocab, account
+
+
+def _dropping(checkpoint: Checkpoint, task: Task, target: Target, options: Options) -> Task:
+    """The embedding's task, made to look at the rows that are left out."""
+    padding = checkpoint.tensors[canonical.EMBED_PADDING]
+    vocab, extra = checkpoint.config.vocab_size, padding.shape[0]
+    refusal = LossyError(
+        f"the embedding has {vocab + extra} rows, {extra} more than vocab_size {vocab}, and they are not all zero; "
+        f"{target.name} cannot hold them.",
+        where=checkpoint.path,
+        tensor=padding.source.name,
+        fix="pass --drop-padding to leave them out (no token id reaches them), or convert to flax or maxtext.",
+    )
+    return replace(task, dropped=padding, refusal=None if options.drop_padding else refusal)
 
 
 TPU_ROWS = {256_000: 256_128}  # what the Flax releases pad Gemma's vocabulary to

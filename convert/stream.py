@@ -17,7 +17,16 @@ import numpy.typing as npt
 from ..formats.errors import NonFiniteError
 from ..formats.fingerprint import TensorHasher
 from ..formats.manifest import TensorEntry
-from .digest import WORKERS, Progress, count_nonfinite, entry, no_progress, run_all
+from .digest import (
+    WORKERS,
+    Progress,
+    count_nonfinite,
+    digest,
+    entry,
+    is_zero,
+    no_progress,
+    run_all,
+)
 from .plan import Task
 
 Array = npt.NDArray[Any]
@@ -33,12 +42,14 @@ class TaskRecord:
         output: digest of the canonical tensor the target's reader must give back.
         changed: elements whose value differs between the two.
         nonfinite: NaN and infinite elements in the source (carried over as they are).
+        dropped: digest of the rows behind it that the target does not hold, if any.
     """
 
     source: TensorEntry
     output: TensorEntry
     changed: int
     nonfinite: int
+    dropped: TensorEntry | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the journal."""
@@ -47,6 +58,7 @@ class TaskRecord:
             "output": asdict(self.output),
             "changed": self.changed,
             "nonfinite": self.nonfinite,
+            "dropped": asdict(self.dropped) if self.dropped else None,
         }
 
     @classmethod
@@ -57,6 +69,7 @@ class TaskRecord:
             _entry(data["output"]),
             data["changed"],
             data["nonfinite"],
+            _entry(data["dropped"]) if data["dropped"] else None,
         )
 
 
@@ -65,6 +78,7 @@ def run_task(task: Task, write: Write, progress: Progress = no_progress) -> Task
 
     Raises:
         NonFiniteError: a finite weight does not fit the target's dtype.
+        LossyError: rows to be left out are not zero.
     """
     tensor, config = task.tensor, task.tensor.config
     source = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
@@ -95,7 +109,10 @@ def run_task(task: Task, write: Write, progress: Progress = no_progress) -> Task
             changed += _differences(x, back)
         _put(task, start, stop, y, write)
         progress(x.nbytes, tensor.name)
-    return TaskRecord(entry(source), entry(output), changed, nonfinite)
+    dropped = digest(task.dropped) if task.dropped is not None else None
+    if dropped is not None and task.refusal is not None and not is_zero(dropped):
+        raise task.refusal
+    return TaskRecord(entry(source), entry(output), changed, nonfinite, dropped)
 
 
 def _entry(data: Mapping[str, Any]) -> TensorEntry:

@@ -29,7 +29,16 @@ from . import output_commit as oc
 from . import output_fs as ofs
 from . import output_paths as paths
 from .base import Array, ContainerPlan, FilePlan, Slot
-from .errors import ConflictError, DtypeError, G2Error, LayoutError, ShapeError, UsageError
+from .errors import (
+    ConflictError,
+    DtypeError,
+    G2Error,
+    InputError,
+    LayoutError,
+    ParityError,
+    ShapeError,
+    UsageError,
+)
 from .journal import Journal
 from .lock import Lock
 from .names import listing
@@ -113,7 +122,7 @@ class Output:
         self._durable_units, self._last_flush = 0, 0.0
         self._lock: Lock | None = None
         self._journal: Journal | None = None
-        self._created = self._landing = False
+        self._created = self._landing = self._worthless = False
         self._broken: BaseException | None = None
         self._sealing: threading.Thread | None = None
         self._syncer = _Repeat("g2kit-sync", self._flush_if_due, self._fail)
@@ -216,7 +225,11 @@ class Output:
     def __exit__(
         self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Keep what is resumable, release the lock."""
+        """Keep what is resumable, release the lock.
+
+        After an error about the input or about what was written there is nothing worth continuing.
+        """
+        self._worthless = isinstance(e, InputError | ParityError)
         self._close()
 
     def _close(self) -> None:
@@ -240,12 +253,13 @@ class Output:
             self.notes.append(f"could not clear up: {e}")
 
     def _save_progress(self) -> None:
-        if self._pending and not self._broken and not self._landing:
+        if self._pending and not (self._broken or self._landing or self._worthless):
             with suppress(G2Error):
                 self._flush()
 
     def _discard_if_useless(self) -> None:
-        if self._created and not self._durable_units and not self._landing:
+        useless = self._worthless or not self._durable_units
+        if self._created and useless and not self._landing:
             with suppress(G2Error):
                 oc.clear(self._fs, self._stage, self._files.sizes)
 
