@@ -103,6 +103,10 @@ def ngram_nats(train: Ids, held: Ids, vocab: int, order: int) -> npt.NDArray[np.
     return result
 
 
+def _xz_bits(data: bytes) -> int:
+    return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+
+
 def main() -> None:
     """Print the README's figures for the shipped files."""
     import sentencepiece
@@ -126,9 +130,10 @@ def main() -> None:
         nats = ngram_nats(streams[0].numpy(), streams[1].numpy(), CONFIG.vocab_size, order)
         bits = nats.sum() / math.log(2) / len(text)
         print(f"{order}-gram   perplexity {math.exp(nats.mean()):8.2f}  {bits:.3f} bit/byte")
-    print(
-        f"xz -9e   {8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text):.3f} bit/byte"
-    )
+    before = "".join(train.values()).encode()
+    alone, with_text, only_text = (_xz_bits(t) for t in (text, before + text, before))
+    print(f"xz -9e   {alone / len(text):.3f} bit/byte alone", end=", ")
+    print(f"{(with_text - only_text) / len(text):.3f} after the training text")
     print(f"bzip2 -9 {8 * len(bz2.compress(text, 9)) / len(text):.3f} bit/byte")
     print("attention score / cap by layer", [round(u, 3) for u in result.score_use])
     print(f"logit / cap {result.logit_use:.3f}")
