@@ -205,12 +205,12 @@ def read_file(fs: Filesystem, path: Path, limit: int) -> bytes:
     """A small file's bytes.
 
     Raises:
-        OSError: EFBIG if it is larger than ``limit``.
+        OSError: EOVERFLOW if it is larger than ``limit``.
     """
     with opened(fs, path, os.O_RDONLY | os.O_NONBLOCK) as fd:
         size = fs.lstat(path).st_size
         if size > limit:
-            raise OSError(errno.EFBIG, f"{size} bytes, the limit is {limit}")
+            raise OSError(errno.EOVERFLOW, f"it has {size} bytes, the limit is {limit}")
         out = bytearray(size)
         return bytes(out[: read_some(fs, fd, memoryview(out), 0)])
 
