@@ -19,7 +19,9 @@ from g2kit.formats.errors import (
     ConflictError,
     DtypeError,
     FileIOError,
+    FormatError,
     LayoutError,
+    ParityError,
     ResumeError,
     ShapeError,
     UsageError,
@@ -553,3 +555,52 @@ def test_extra_files_are_part_of_the_transaction(tmp_path):
     Case().run(tmp_path / "out", fs=Unsynced())
     assert (tmp_path / "out/config.json").read_bytes() == EXTRA["config.json"]
     assert "config.json" in mf.load(tmp_path / "out" / mf.NAME).files
+
+
+# ---- looking at it before it is there
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_sealed_output_can_be_read_before_it_is_visible(tmp_path, background):
+    case = Case()
+    with case.output(tmp_path / "out", background=background) as out:
+        for name, array in case.arrays.items():
+            out.write(name, (0,) * array.ndim, array)
+            out.complete(name, {})
+        staged = out.seal()
+        assert not (tmp_path / "out").exists()
+        assert snapshot(staged) == case.expected(tmp_path / "plain")
+        assert out.seal() == staged
+        out.finish(MANIFEST)
+    assert_sound(tmp_path / "out")
+
+
+def test_sealing_finds_holes(tmp_path):
+    message = "4 slots were never written"
+    with (
+        Case().output(tmp_path / "out", fs=Unsynced()) as out,
+        pytest.raises(LayoutError, match=message),
+    ):
+        out.seal()
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (ParityError("read back differently"), False),
+        (FormatError("the input is broken"), False),
+        (FileIOError("cannot read"), True),
+        (RuntimeError("a bug"), True),
+        (KeyboardInterrupt(), True),
+    ],
+)
+def test_what_is_kept_depends_on_whose_fault_it_was(tmp_path, error, kept):
+    """After bad input or bad output there is nothing worth continuing; after anything else there is."""
+
+    def fail(unit: str) -> None:
+        if unit == "bytes":
+            raise error
+
+    with pytest.raises(type(error)):
+        Case().run(tmp_path / "out", between=fail, fs=Unsynced())
+    assert [p.name for p in tmp_path.iterdir()] == (["out.partial"] if kept else [])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from g2kit.formats.errors import FileIOError, G2Error, SpaceError
+from g2kit.formats.errors import ConflictError, FileIOError, G2Error, ResumeError, SpaceError
 
 from .fault_fs import Crash, Faulty, PowerLoss, Unsynced
 from .output_case import Case, assert_sound, snapshot
@@ -201,3 +201,69 @@ def test_power_loss_at_every_call(scene, step):
             scene.check(gap=not scene.swap)
             scene.finish()
             scene.clean()
+
+
+def test_whoever_comes_next_completes_a_replacement_by_two_renames(tmp_path):
+    """Killed between them, the destination is gone; even a run of another plan puts the new one there."""
+
+    class Killed(Unsynced):
+        def exchange(self, a: Path, b: Path) -> bool:
+            return False
+
+        def rename_new(self, old: Path, new: Path) -> None:
+            raise Crash
+
+    dst, case = tmp_path / "out", Case(overwrite=True)
+    Case(seed=1).run(dst, fs=Unsynced(), extra={"of the old one only": b""})
+    with pytest.raises(Crash):
+        case.run(dst, fs=Killed())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial"]
+    with pytest.raises(ConflictError, match="exists"):
+        Case(seed=2).run(dst, fs=Unsynced())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert case.expected(tmp_path / "plain").items() <= snapshot(dst).items()
+    assert_sound(dst)
+
+
+def test_replacing_an_equal_output(tmp_path):
+    """Both have the same manifest, so only the directory's identity tells whether they were swapped."""
+
+    class Killed(Unsynced):
+        def __init__(self, after: bool) -> None:
+            self.after = after
+
+        def exchange(self, a: Path, b: Path) -> bool:
+            if self.after:
+                super().exchange(a, b)
+            raise Crash
+
+    for after in (False, True):
+        dst, case = tmp_path / f"out{after}", Case(overwrite=True)
+        case.run(dst, fs=Unsynced())
+        damaged = (dst / "d.bin").read_bytes()
+        (dst / "d.bin").write_bytes(bytes(len(damaged)))
+        with pytest.raises(Crash):
+            case.run(dst, fs=Killed(after))
+        out = case.run(dst, fs=Unsynced())
+        assert out.committed == after
+        assert_sound(dst)
+        assert not dst.with_name(f"{dst.name}.partial").exists()
+
+
+def test_a_staging_directory_restored_from_elsewhere_is_not_guessed_at(tmp_path):
+    """A finished output was about to land, and now neither place holds it."""
+
+    class Killed(Unsynced):
+        def exchange(self, a: Path, b: Path) -> bool:
+            raise Crash
+
+    dst, case = tmp_path / "out", Case(overwrite=True)
+    case.run(dst, fs=Unsynced())
+    with pytest.raises(Crash):
+        Case(seed=1, overwrite=True).run(dst, fs=Killed())
+    (tmp_path / "out.partial/data/g2kit.manifest.json").unlink()
+    before = snapshot(tmp_path)
+    with pytest.raises(ResumeError, match=r"keep what you need, then remove .*out\.partial"):
+        Case(seed=1, overwrite=True).run(dst, fs=Unsynced())
+    before.pop("out.partial/lock", None)
+    assert snapshot(tmp_path) == before
