@@ -26,6 +26,7 @@ from g2kit.formats.errors import (
     ShapeError,
     UsageError,
 )
+from g2kit.formats.journal import Journal
 from g2kit.formats.output import Output
 from g2kit.formats.output_ranges import Ranges, check_plan, split_runs
 
@@ -524,6 +525,58 @@ def test_an_error_behind_the_scenes_is_not_lost(tmp_path):
             out.finish(MANIFEST)
     assert fs.syncs == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_sync_is_not_repeated_by_a_caller_who_goes_on(tmp_path):
+    class FailingOnce(Unsynced):
+        armed = False
+
+        def fdatasync(self, fd: int) -> None:
+            if self.armed:
+                self.armed = False
+                raise OSError(5, "Input/output error")
+
+    case, fs = Case(), FailingOnce()
+    with case.output(tmp_path / "out", fs=fs) as out:
+        out.write("scalar", (), case.arrays["scalar"])
+        fs.armed = True
+        for _ in range(3):
+            with pytest.raises(FileIOError, match="cannot make durable"):
+                out.complete("scalar", {})
+        with pytest.raises(FileIOError, match="cannot make durable"):
+            out.write("scalar", (), case.arrays["scalar"])
+        with pytest.raises(FileIOError, match="cannot make durable"):
+            out.seal()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_unit_that_completes_during_a_sync_waits_for_the_next(tmp_path):
+    """Its bytes came too late to be in that sync, so its record must not be in that line."""
+
+    class Busy(Unsynced):
+        during = None
+
+        def fdatasync(self, fd: int) -> None:
+            during, self.during = self.during, None
+            if during:
+                during()
+
+    case, fs = Case(), Busy()
+
+    def do(name: str) -> None:
+        out.write(name, (0,) * case.arrays[name].ndim, case.arrays[name])
+        out.complete(name, {})
+
+    with case.output(tmp_path / "out", background=True, sync_bytes=1 << 40, fs=fs) as out:
+        do("crc")
+        fs.during = lambda: do("bytes")
+        out._flush()
+        line = Journal(out.partial / "journal").records[-1]
+        assert list(line["units"]) == ["crc"]
+        assert list(line["written"]) == ["a.bin"]
+        out._flush()
+        line = Journal(out.partial / "journal").records[-1]
+        assert (list(line["units"]), list(line["written"])) == (["bytes"], ["d.bin"])
 
 
 def test_more_files_than_descriptors(tmp_path):

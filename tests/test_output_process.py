@@ -215,6 +215,24 @@ def test_with_flock_only_the_kernel_is_believed(tmp_path):
         path.parent.mkdir()
 
 
+def test_a_lock_removed_while_waiting_for_it_is_taken_anew(tmp_path):
+    path = tmp_path / "p/lock"
+    holder = Lock(path)
+
+    class Slow(Filesystem):
+        """The holder lets go between this one's open and its flock."""
+
+        def flock(self, fd: int) -> None:
+            holder.release()
+            super().flock(fd)
+
+    lock = Lock(path, Slow())
+    with pytest.raises(LockedError):
+        Lock(path)
+    lock.release()
+    assert not path.parent.exists()
+
+
 def test_the_lock_is_not_followed_through_a_link(tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "victim").write_text("mine")
