@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import statistics
 import sys
@@ -22,7 +23,7 @@ from measure import Run, idle, run
 PRESETS = {"2b": "gemma2-2b", "9b": "gemma2-9b", "27b": "gemma2-27b"}
 
 
-def make_sources(size: str, root: Path, flax: bool) -> None:
+def make_sources(size: str, root: Path) -> None:
     """Write the random checkpoints, once."""
     from synthetic import checkpoint
 
@@ -36,7 +37,7 @@ def make_sources(size: str, root: Path, flax: bool) -> None:
         print(f"writing {hf}", file=sys.stderr)
         model = checkpoint(preset(PRESETS[size]).config)
         convert_checkpoint(model, hf, Options("safetensors"), check=False)
-    if flax and not (root / "flax").exists():
+    if not (root / "flax").exists():
         print(f"writing {root / 'flax'}", file=sys.stderr)
         write_ocdbt(hf, root / "flax", size)
 
@@ -259,7 +260,14 @@ def main() -> None:
     if args.memory:
         memory(args.size, root, args.to, args.layers)
         return
-    make_sources(args.size, root, flax=True)
+    # in a process of its own: a child's peak memory counts from what its parent had when it was started
+    child = multiprocessing.get_context("spawn").Process(
+        target=make_sources, args=(args.size, root)
+    )
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit(child.exitcode)
     compare(args.size, root, args.rounds, not args.no_peers, args.only)
 
 

@@ -1,7 +1,7 @@
 """Bounds-checked positional reads of one regular file.
 
 ``pread`` rather than ``mmap``: a file that shrinks while it is read gives an error, not SIGBUS, and pages read
-do not count as this process's memory.
+do not count as this process's memory. Large reads go past the page cache where they are not cached (:mod:`.direct`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from .direct import DirectFile
 from .errors import FileIOError, TruncatedError
-
-_READ_MAX = 1 << 30  # Linux transfers at most 2 GiB - 4 KiB per call
 
 
 class InputFile:
@@ -31,6 +30,7 @@ class InputFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._io: DirectFile | None = None
         try:
             # O_NONBLOCK: opening a FIFO must not wait for its writer
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -42,6 +42,7 @@ class InputFile:
         if not stat.S_ISREG(st.st_mode):
             self.close()  # and forget the number: another file may get it before __del__ runs
             raise FileIOError("not a regular file.", where=self.path, fix="pass a checkpoint file.")
+        self._io = DirectFile(self._fd, os.O_RDONLY)
         self.size = st.st_size
         self._identity = (st.st_size, st.st_mtime_ns)
 
@@ -49,10 +50,12 @@ class InputFile:
         """Fill ``out`` (a flat byte buffer) from ``offset``."""
         view = (out if isinstance(out, memoryview) else out.data).cast("B")
         self._require(offset, len(view))
+        if self._io is None:
+            raise FileIOError("the file is closed.", where=self.path)
         done = 0
         while done < len(view):
             try:
-                n = os.preadv(self._fd, [view[done : done + _READ_MAX]], offset + done)
+                n = self._io.read(view[done:], offset + done)
             except OSError as e:
                 raise FileIOError(
                     f"read failed at byte {offset + done}: {e.strerror}.", where=self.path
@@ -94,6 +97,8 @@ class InputFile:
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
         if self._fd >= 0:
+            if self._io is not None:
+                self._io.close()
             os.close(self._fd)
             self._fd = -1
 

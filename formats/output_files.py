@@ -24,7 +24,7 @@ from .output_paths import directories
 from .output_ranges import Ranges, Span
 
 _MAX_OPEN = 128
-_READ = 1 << 20
+_READ = 4 << 20
 _LOOK_AHEAD = 8  # files; writers follow the plan's order
 
 

@@ -11,10 +11,12 @@ import ctypes
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .direct import DirectFile
 from .errors import FileIOError, G2Error, SpaceError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -38,21 +40,35 @@ _SPACE = {
 class Filesystem:
     """The real one. Raises OSError as ``os`` does; file descriptors are plain ints."""
 
+    def __init__(self) -> None:
+        self._direct: dict[int, DirectFile] = {}
+        self._direct_lock = threading.Lock()
+
+    def _io(self, fd: int) -> DirectFile:
+        with self._direct_lock:
+            if fd not in self._direct:
+                self._direct[fd] = DirectFile(fd, os.O_RDWR)
+            return self._direct[fd]
+
     def open(self, path: Path, flags: int) -> int:
         """Open with ``0666`` less the umask; a symlink at ``path`` is refused (ELOOP)."""
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def close(self, fd: int) -> None:
         """Close ``fd``."""
+        with self._direct_lock:
+            direct = self._direct.pop(fd, None)
+        if direct is not None:
+            direct.close()
         os.close(fd)
 
     def pread(self, fd: int, out: memoryview, offset: int) -> int:
         """Read into ``out``; returns the bytes read, 0 at the end of the file."""
-        return os.preadv(fd, [out], offset)
+        return self._io(fd).read(out, offset)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         """Write some of ``data``; returns how many bytes."""
-        return os.pwrite(fd, data, offset)
+        return self._io(fd).write(data, offset)
 
     def allocate(self, fd: int, size: int) -> None:
         """Grow to ``size`` bytes of zeros, reserving the space where the file system can.
