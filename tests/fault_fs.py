@@ -31,6 +31,7 @@ class Numbered(Unsynced):
     """Counts every call; subclasses act on :meth:`before`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.log: list[str] = []
         self.fds: set[int] = set()
 
@@ -40,7 +41,7 @@ class Numbered(Unsynced):
     def after_death(self) -> None:
         """What the kernel does for a dead process."""
         for fd in self.fds:
-            os.close(fd)
+            Unsynced.close(self, fd)
         self.fds.clear()
 
 

@@ -190,6 +190,7 @@ class Room(Unsynced):
     """Says how much room there is."""
 
     def __init__(self, nbytes: int, inodes: int = 10**6) -> None:
+        super().__init__()
         self.nbytes, self.inodes = nbytes, inodes
 
     def statvfs(self, path: Path) -> os.statvfs_result:

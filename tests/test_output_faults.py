@@ -230,6 +230,7 @@ def test_replacing_an_equal_output(tmp_path):
 
     class Killed(Unsynced):
         def __init__(self, after: bool) -> None:
+            super().__init__()
             self.after = after
 
         def exchange(self, a: Path, b: Path) -> bool:

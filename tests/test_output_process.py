@@ -32,12 +32,13 @@ SLOTS = [Slot(f"t{k}", U8, (SIZE,)) for k in range(UNITS)]
 ARRAYS = [random_array(k, U8, (SIZE,)) for k in range(UNITS)]
 
 
-def convert(dst: Path, **options) -> Output:
+def convert(dst: Path, pause: float = 0, **options) -> Output:
     with Output(dst, BIG, SLOTS, {"v": "1"}, **({"sync_bytes": 4 * SIZE} | options)) as out:
         for k in range(UNITS):
             if f"t{k}" not in out.done:
                 out.write(f"t{k}", (0,), ARRAYS[k])
                 out.complete(f"t{k}", {})
+                time.sleep(pause)
         out.finish(MANIFEST)
     return out
 
@@ -63,19 +64,20 @@ def wait(pid: int) -> int:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_kill_9_at_many_moments(tmp_path, overwrite):
-    """Twenty times: killed up to three times at random moments, then run to the end."""
+    """Thirteen times: killed up to three times at random moments, then run to the end."""
+    convert(tmp_path / "warm up")
     begin = time.monotonic()
-    convert(tmp_path / "once")
+    convert(tmp_path / "once", pause=0.002)
     usual = time.monotonic() - begin
     want, rng = snapshot(tmp_path / "once"), random.Random(7)
     killed = resumed = 0
-    for k in range(20):
+    for k in range(13):
         dst = tmp_path / f"out{k}"
         if overwrite:
             Case(seed=1).run(dst, fs=Unsynced())
         for _ in range(rng.randint(1, 3)):
-            pid = in_child(lambda dst=dst: convert(dst, overwrite=overwrite))
-            time.sleep(rng.uniform(0, 1.2 * usual))
+            pid = in_child(lambda dst=dst: convert(dst, 0.002, overwrite=overwrite))
+            time.sleep(usual * rng.choice([rng.uniform(0, 1.1), rng.uniform(0.9, 1.05)]))
             os.kill(pid, signal.SIGKILL)
             killed += wait(pid) == -signal.SIGKILL
             if dst.exists():
@@ -86,7 +88,7 @@ def test_kill_9_at_many_moments(tmp_path, overwrite):
             assert not overwrite, "a child may end before it is killed"
         assert snapshot(dst) == want
         assert not dst.with_name(f"{dst.name}.partial").exists()
-    assert killed >= 15
+    assert killed >= 10
     assert resumed >= 3
 
 
