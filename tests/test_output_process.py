@@ -62,34 +62,50 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def wait_for_lines(journal: Path, n: int, pid: int) -> None:
+    """Until the journal has ``n`` lines or the child has ended."""
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        try:
+            if journal.read_bytes().count(b"\n") >= n:
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.0005)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_kill_9_at_many_moments(tmp_path, overwrite):
-    """Thirteen times: killed up to three times at random moments, then run to the end."""
+    """Thirteen times: killed two or three times, at any moment or while units are written, then run to the end."""
     convert(tmp_path / "warm up")
     begin = time.monotonic()
     convert(tmp_path / "once", pause=0.002)
     usual = time.monotonic() - begin
     want, rng = snapshot(tmp_path / "once"), random.Random(7)
-    killed = resumed = 0
+    killed = half_done = 0
     for k in range(13):
         dst = tmp_path / f"out{k}"
         if overwrite:
             Case(seed=1).run(dst, fs=Unsynced())
-        for _ in range(rng.randint(1, 3)):
+        journal = dst.with_name(f"{dst.name}.partial") / "journal"
+        for way in ["writing", "any", "any"][: 2 + k % 2]:
             pid = in_child(lambda dst=dst: convert(dst, 0.002, overwrite=overwrite))
-            time.sleep(usual * rng.choice([rng.uniform(0, 1.1), rng.uniform(0.9, 1.05)]))
+            if way == "any":
+                time.sleep(usual * rng.choice([rng.uniform(0, 1.1), rng.uniform(0.9, 1.05)]))
+            else:  # two lines open the journal, about ten follow
+                wait_for_lines(journal, 2 + k % 6, pid)
             os.kill(pid, signal.SIGKILL)
             killed += wait(pid) == -signal.SIGKILL
+            half_done += journal.exists() and journal.read_bytes().count(b"\n") > 2
             if dst.exists():
                 assert_sound(dst)
         try:
-            resumed += bool(convert(dst, overwrite=overwrite).done)
+            convert(dst, overwrite=overwrite)
         except ConflictError:
             assert not overwrite, "a child may end before it is killed"
         assert snapshot(dst) == want
         assert not dst.with_name(f"{dst.name}.partial").exists()
     assert killed >= 10
-    assert resumed >= 3
+    assert half_done >= 5
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
