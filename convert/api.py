@@ -131,6 +131,7 @@ def convert_checkpoint(
     began = time.monotonic()
     plan = plan_conversion(checkpoint, dst, options)
     if dry_run:
+        _output(plan, dst, resume, overwrite).preflight()
         return _plan_report(plan, dst)
     meter = progress or _Silent()
     records, files, resumed, checked = _execute(plan, dst, check, resume, overwrite, meter)
@@ -159,23 +160,29 @@ def _open(
     return checkpoint
 
 
-def _execute(
-    plan: Conversion, dst: Path, check: bool, resume: bool, overwrite: bool, meter: Progress
-) -> tuple[dict[str, TaskRecord], dict[str, FileEntry], int, int]:
+def _output(plan: Conversion, dst: Path, resume: bool, overwrite: bool) -> Output:
     checkpoint = plan.checkpoint
+    files = checkpoint.source.files
     identity = {"source": _source_identity(checkpoint), "tool": __version__}
-
-    with Output(
+    return Output(
         dst,
         plan.files,
         plan.slots,
         plan_hash_inputs(plan, identity),
         overwrite=overwrite,
         resume=resume,
-        sources=(checkpoint.path, *checkpoint.source.files) if checkpoint.source.files else (),
+        sources=(checkpoint.path, *files) if files else (),
         single_file=plan.single_file,
         extra=plan.extra,
-    ) as out:
+    )
+
+
+def _execute(
+    plan: Conversion, dst: Path, check: bool, resume: bool, overwrite: bool, meter: Progress
+) -> tuple[dict[str, TaskRecord], dict[str, FileEntry], int, int]:
+    checkpoint = plan.checkpoint
+
+    with _output(plan, dst, resume, overwrite) as out:
         checkpoint.source.scratch = out.partial
         times = _modification_times(checkpoint)
         _require_same_source(checkpoint, out.done, times)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..formats.arena import recycled
 from ..formats.dtypes import BF16, BY_SHORT, F16, F32, short
 from ..formats.fingerprint import TensorHasher, leaf
 from ..formats.fingerprint import fingerprint as fingerprint_of
@@ -51,10 +52,22 @@ def run_all(
         return {name: f.result() for name, f in futures.items()}  # type: ignore[misc]
 
 
+def recycling(blocks: Iterable[T]) -> Iterator[T]:
+    """The blocks, each in memory that the next one reuses: do not keep them."""
+    parts = iter(blocks)
+    while True:
+        with recycled():
+            try:
+                part = next(parts)
+            except StopIteration:
+                return
+            yield part
+
+
 def digest(tensor: LazyTensor, progress: Progress = no_progress) -> TensorEntry:
     """Hash one tensor's canonical bytes."""
     hasher = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
-    for _, _, rows in tensor.blocks():
+    for _, _, rows in recycling(tensor.blocks()):
         hasher.update(rows)
         progress(rows.nbytes, tensor.name)
     return entry(hasher)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..formats.arena import empty
 from ..formats.base import Index
 from ..model import canonical
 from ..model.config import Family, GemmaConfig
@@ -292,7 +293,7 @@ def _reorder(
 def transposed(x: Array, order: tuple[int, ...]) -> Array:
     """``x.transpose(order)`` as a C-contiguous copy, in tiles that stay in cache."""
     view = _merge(x, order)
-    out = np.empty(view.shape, x.dtype)
+    out = empty(view.shape, x.dtype)
     if view.ndim < 2 or view.strides[-1] == x.itemsize:
         out[...] = view
     else:
@@ -316,8 +317,9 @@ def _merge(x: Array, order: tuple[int, ...]) -> Array:
 
 
 def _tiles(
-    out: Array, view: Array, fast: int, along_fast: int = 128, along_last: int = 256
+    out: Array, view: Array, fast: int, along_fast: int = 128, along_last: int = 512
 ) -> None:
+    """Copy in tiles: read a tile in the source's order into cache, then write it in the output's order."""
     outer = [range(n) for k, n in enumerate(view.shape[:-1]) if k != fast]
     for lead in np.ndindex(*(len(r) for r in outer)):
         index: list[int | slice] = list(lead)
@@ -325,9 +327,8 @@ def _tiles(
         o, v = out[tuple(index)], view[tuple(index)]
         for a in range(0, v.shape[0], along_fast):
             for b in range(0, v.shape[1], along_last):
-                o[a : a + along_fast, b : b + along_last] = v[
-                    a : a + along_fast, b : b + along_last
-                ]
+                tile = np.ascontiguousarray(v[a : a + along_fast, b : b + along_last].T)
+                o[a : a + along_fast, b : b + along_last] = tile.T
 
 
 def rules_for(

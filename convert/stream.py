@@ -25,6 +25,7 @@ from .digest import (
     entry,
     is_zero,
     no_progress,
+    recycling,
     run_all,
 )
 from .plan import Task
@@ -84,7 +85,7 @@ def run_task(task: Task, write: Write, progress: Progress = no_progress) -> Task
     source = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
     output = TensorHasher(tensor.name, task.read_dtype, tensor.shape) if task.changes else source
     changed = nonfinite = 0
-    for start, stop, x in _blocks(task):
+    for start, stop, x in recycling(_blocks(task)):
         source.update(x)
         bad = count_nonfinite(x)
         nonfinite += bad

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .arena import empty
 from .errors import LayoutError
 from .files import InputFile
 
@@ -107,7 +108,7 @@ class RowTensor(Tensor):
         """See :meth:`Tensor.read`; only the rows the index touches are read."""
         start, stop, rest = leading_rows(self.shape, index)
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        out = np.empty((stop - start, *self.shape[1:]) if self.shape else (), self.dtype)
+        out = empty((stop - start, *self.shape[1:]) if self.shape else (), self.dtype)
         if out.nbytes:
             # reshape before view: a 0-d array has no axis to reinterpret as bytes
             self.file.read_into(self.offset + start * row, out.reshape(-1).view(np.uint8))

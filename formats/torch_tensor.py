@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import dtypes
+from .arena import empty
 from .base import Array, Index, Tensor, iter_row_blocks, leading_rows
 from .checked_record import Record
 from .errors import (
@@ -71,7 +72,7 @@ class TorchTensor(Tensor):
             ChecksumError: the record is damaged; raised when the last row is read, or before.
         """
         start, stop, rest = leading_rows(self.shape, index)
-        out = np.empty((stop - start, *self.shape[1:]) if self.shape else (), self.dtype)
+        out = empty((stop - start, *self.shape[1:]) if self.shape else (), self.dtype)
         if out.size:
             if self.order == tuple(range(len(self.shape))):
                 row = math.prod(self.shape[1:]) * self.dtype.itemsize

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .arena import empty
 from .base import Array, Index, Tensor
 from .chunk_pool import ChunkPool
 from .crc32c import crc32c
@@ -106,7 +107,7 @@ class ZarrTensor(Tensor):
         box, shape = normalise(index, self.shape)
         if self.array.foreign:
             return self._read_foreign(box).reshape(shape)
-        out = np.empty([b - a for a, b in box], self.dtype)
+        out = empty([b - a for a, b in box], self.dtype)
         if out.size:
             for place in itertools.product(*self._touched(box)):
                 self._read_chunk(place, box, out)

@@ -22,7 +22,7 @@ from .names import listing
 
 MAX_FILES = 1_000_000
 MAX_METADATA = 1 << 20  # bytes of one array's JSON
-_PIECE = 512 << 10
+_PIECE = 1 << 20
 _FILE_PIECE = 256 << 10
 _BATCH = 256  # reads under way at once while a checkpoint is opened
 

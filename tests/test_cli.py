@@ -110,6 +110,12 @@ def test_dry_run_writes_nothing(run, tmp_path: Path) -> None:
     assert report["output"]["bytes"] == (tmp_path / "m.gguf").stat().st_size
 
 
+def test_a_dry_run_refuses_what_the_run_would(run, tmp_path: Path) -> None:
+    save(tmp_path / "dst")
+    status, _, err = run("safetensors-to-torch", sample_dir(), tmp_path / "dst", "--dry-run")
+    assert (status, "error[E_EXISTS]" in err) == (7, True)
+
+
 @pytest.mark.parametrize("name", ["m.gguf", "m.ckpt", "m.safetensors", "m.bin"])
 def test_a_destination_with_a_suffix_is_one_file(name: str, run, tmp_path: Path) -> None:
     to = {".gguf": "gguf", ".ckpt": "torch", ".safetensors": "safetensors", ".bin": "torch"}

@@ -122,3 +122,18 @@ def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
         os.truncate(path, 1000)
         with pytest.raises(Exception, match="shorter while it was read"):
             file.read_into(0, memoryview(bytearray(SIZE)))
+
+
+def test_what_is_cached_is_told(tmp_path: Path) -> None:
+    """Needed for the choice; a kernel that does not tell says cached, which means ordinary reads."""
+    path = tmp_path / "f"
+    path.write_bytes(bytes(SIZE))
+    fd = os.open(path, os.O_RDONLY)
+    assert direct.is_cached(fd, 0, SIZE)
+    drop_cache(path)
+    told = not direct.is_cached(fd, 0, SIZE)
+    os.pread(fd, SIZE, 0)
+    assert direct.is_cached(fd, 0, SIZE)
+    os.close(fd)
+    if not told:
+        assert tuple(map(int, os.uname().release.split(".")[:2])) < (6, 5)
