@@ -42,7 +42,7 @@ def test_everything_that_is_needed_is_there(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {
         f"g2kit/{p.relative_to(ROOT)}"
-        for folder in ("formats", "model", "convert")
+        for folder in ("formats", "model", "convert", "verify")
         for p in (ROOT / folder).rglob("*.py")
     }
     assert sources <= names

@@ -182,12 +182,14 @@ class JaxRunner(Runner):
         return self._loaded[1]
 
     def _run(self, layer: int, x: jax.Array, tap: Tap | None) -> jax.Array:
+        y: jax.Array
         y, _, taps = m.block(
             x, self._block(layer), self._at, self._at, self._real, self._window(layer), None, 0,
             config=self.config, chunk=QUERIES, tapped=tap is not None,
         )  # fmt: skip
-        for name in TAPS if tap is not None else ():
-            tap(name, self._out(taps[name]))  # type: ignore[misc]
+        if tap is not None:
+            for name in TAPS:
+                tap(name, self._out(taps[name]))
         return y
 
     def _whole_table(self) -> jax.Array:
@@ -209,15 +211,18 @@ class JaxRunner(Runner):
 
     def _embed(self, tokens: Array) -> jax.Array:
         if self._resident:
-            return m.embed(self._whole_table(), self._put(tokens), config=self.config)
-        rows, index = self._weights.embedding_of(tokens)
-        table = self._cast(jax.device_put(rows, self._device))
-        return m.embed(table, self._put(index), config=self.config)
+            table, index = self._whole_table(), tokens
+        else:
+            rows, index = self._weights.embedding_of(tokens)
+            table = self._cast(jax.device_put(rows, self._device))
+        x: jax.Array = m.embed(table, self._put(index), config=self.config)
+        return x
 
     def _final(self, x: jax.Array | None) -> jax.Array:
         assert x is not None
         gain = self._weight(canonical.FINAL_NORM, self._weights.read(canonical.FINAL_NORM))
-        return m.final_norm(x, gain, config=self.config)
+        hidden: jax.Array = m.final_norm(x, gain, config=self.config)
+        return hidden
 
     def _tiles(self, rows: int | None) -> Iterator[tuple[int, int, Any]]:
         """``(start, stop, function giving those embedding rows on the device)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -227,18 +228,16 @@ def torch_device(name: str | None) -> torch.device:
         UsageError: no device is called so.
         ResourceError: this machine does not have it.
     """
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    found = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,9}))?", name or "cpu")
+    if not found or (found[1] == "cpu" and found[2]):
         raise UsageError(f"device {name!r} is none of cpu, cuda, cuda:1, …")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    index, there = int(found[2] or 0), torch.cuda.device_count()
+    if found[1] == "cuda" and index >= there:
         raise ResourceError(
-            f"device {name!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
+            f"device {name!r} is not there: torch {torch.__version__} sees {there} CUDA devices.",
             fix="use cpu, or a torch built for CUDA on a machine with that device.",
         )
-    return device
+    return torch.device(name or "cpu")
 
 
 def as_numpy(x: Tensor) -> Array:
