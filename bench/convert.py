@@ -172,23 +172,45 @@ def methods(size: str, root: Path, peers: bool) -> dict[str, tuple[list[str], st
 
 
 def compare(size: str, root: Path, rounds: int, peers: bool, only: str) -> None:
-    """All methods in alternation; the table."""
+    """All methods of a group in alternation, the group that reads Flax first; then the table."""
     table = {n: m for n, m in methods(size, root, peers).items() if only in n or m[1] is None}
     nbytes = sum(f.stat().st_size for f in (root / "hf").rglob("*") if f.is_file())
     runs: dict[str, list[Run]] = {name: [] for name in table}
-    for k in range(rounds):
-        for name, (command, _) in table.items():
-            needs_torch = name.startswith("torch-to-")
-            if not needs_torch:
-                shutil.rmtree(root / "torch", ignore_errors=True)
-            elif not (root / "torch").exists():
-                run([*methods(size, root, False)["safetensors-to-torch, --check none"][0]])
-            shutil.rmtree(root / "out", ignore_errors=True)
-            done = run(command)
-            runs[name].append(done)
-            print(f"round {k}: {name}: {done.wall:.1f} s, {done.peak_mib:.0f} MiB", file=sys.stderr)
+    flax = [n for n, (command, _) in table.items() if any(str(root / "flax") in c for c in command)]
+    for group in (flax, [n for n in table if n not in flax]):
+        if group is not flax and shutil.disk_usage(root).free < 2.2 * nbytes:
+            shutil.rmtree(root / "flax", ignore_errors=True)  # make room for two copies
+        for k in range(rounds):
+            for name in group:
+                prepare(size, root, name)
+                done = run(table[name][0])
+                runs[name].append(done)
+                print(
+                    f"round {k}: {name}: {done.wall:.1f} s, {done.peak_mib:.0f} MiB",
+                    file=sys.stderr,
+                )
+    for leftover in ("out", "torch"):
+        shutil.rmtree(root / leftover, ignore_errors=True)
+    show(size, nbytes, rounds, table, runs)
+
+
+def prepare(size: str, root: Path, name: str) -> None:
+    """Remove earlier outputs; make the torch checkpoint that some methods read."""
     shutil.rmtree(root / "out", ignore_errors=True)
-    shutil.rmtree(root / "torch", ignore_errors=True)
+    if not name.startswith("torch-to-"):
+        shutil.rmtree(root / "torch", ignore_errors=True)
+    elif not (root / "torch").exists():
+        run(methods(size, root, False)["safetensors-to-torch, --check none"][0])
+
+
+def show(
+    size: str,
+    nbytes: int,
+    rounds: int,
+    table: dict[str, tuple[list[str], str | None]],
+    runs: dict[str, list[Run]],
+) -> None:
+    """The table in Markdown."""
     base_mib = idle()
     print(
         f"\n{PRESETS[size]}, {nbytes / 1e9:.2f} GB, {rounds} rounds, medians; idle interpreter {base_mib:.0f} MiB\n"
