@@ -167,7 +167,7 @@ def _wrote(r: Report) -> str:
 
 def _verdict(r: Report) -> str:
     same = r["source"]["fingerprint"] == r["output"]["fingerprint"]
-    return "equal: the same weights, bit for bit" if same else "differs: see the lossy steps"
+    return "equal: the same weights, bit for bit" if same else "differs: see the steps"
 
 
 def _checked(r: Report) -> str:
