@@ -24,7 +24,7 @@ from .logits_stats import Stats
 from .logits_tile import Grid, Sweep, cap_pair
 from .torch_gemma import soft_cap
 
-SCRATCH = 256 * 2**20
+SCRATCH = 512 * 2**20
 BLOCK_ROWS = 4096
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -103,7 +103,8 @@ def compare(
     dtype = dtype or torch.promote_types(_dtype(*hidden), torch.float32)
     run = _Run(len(ref_hidden), sizes[0], dtype, ref_hidden.device, scratch, block_rows, targets)
     bad = tuple(~h.isfinite().all(1) for h in hidden)
-    ref, cand = (h.nan_to_num(0, 0, 0) for h in hidden)
+    # 0 on both sides, so that the tile's other positions are computed as ever
+    ref, cand = (h.masked_fill((bad[0] | bad[1])[:, None], 0) for h in hidden)
     alike = caps[0] == caps[1] and ref.shape == cand.shape
     step = (cand.double() - ref.double()).to(dtype) if alike else None
     ref, cand = ref.to(dtype), cand.to(dtype)
@@ -161,7 +162,7 @@ def compare_logits(
         pair = [_tensor(x[part]).to(first.device) for x in (ref, cand)]
         for flags, x in zip(bad, pair, strict=True):
             flags.append(~x.isfinite().all(1))
-        pair = [x.nan_to_num(0, 0, 0) for x in pair]
+        pair = [x.masked_fill((bad[0][-1] | bad[1][-1])[:, None], 0) for x in pair]
         for index, (start, stop) in enumerate(run.grid.bounds):
             a, d = sweep.block(index)
             one, two = (x[:, start:stop].to(_dtype(*pair)) for x in pair)

@@ -130,6 +130,9 @@ class Sweep:
         self.gain: list[Tensor] = []  # sum exp(a - max) expm1(d), where all differences are small
         self.top_a: list[Tensor] = []
         self.top_b: list[Tensor] = []
+        self.centre = torch.empty(
+            0
+        )  # [positions, 1]: about what the second stream is above the first
         self.low = torch.full((positions,), math.inf, **self.wide)
         self.high = torch.full((positions,), -math.inf, **self.wide)
 
@@ -156,11 +159,16 @@ class Sweep:
         torch.sub(a, top_a, out=w).exp_()
         self.max_a.append(top_a[:, 0].double())
         self.sum_a.append(total(w))
-        if bool((torch.maximum(-low, high) < SMALL).all()):
-            # sum w (d + d²/2): exact where exp(b) - exp(a) would cancel
-            torch.mul(d, 0.5, out=b).add_(1.0).mul_(d).mul_(w)
-            self.gain.append(total(b))
-            self.max_b.append(self.max_a[-1])
+        if not len(self.centre):
+            self.centre = d.mean(-1, keepdim=True)
+        centre = self.centre[:, 0].double()
+        if bool((torch.maximum(centre - low, high - centre) < SMALL).all()):
+            # sum w (t + t²/2), t = d - centre: exact where exp(b) - exp(a) would cancel
+            torch.sub(d, self.centre, out=b)
+            t = self.scratch(a.shape[1])[2]
+            torch.mul(b, 0.5, out=t).add_(1.0).mul_(b).mul_(w)
+            self.gain.append(total(t))
+            self.max_b.append(self.max_a[-1] + centre)
             self.sum_b.append(self.sum_a[-1] + self.gain[-1])
         else:
             b.sub_(top_b).exp_()
@@ -210,7 +218,8 @@ class Sweep:
         mass = (weight * sum_a).sum(0)
         lse_a = peak + mass.log()
         if len(self.gain) == len(self.max_a):
-            return lse_a, torch.log1p((weight * torch.stack(self.gain)).sum(0) / mass)
+            gain = torch.log1p((weight * torch.stack(self.gain)).sum(0) / mass)
+            return lse_a, gain + self.centre[:, 0].double()
         max_b, sum_b = torch.stack(self.max_b), torch.stack(self.sum_b)
         peak = max_b.amax(0)
         return lse_a, peak + ((max_b - peak).exp() * sum_b).sum(0).log() - lse_a
@@ -220,12 +229,13 @@ class Sweep:
         names = ("kl", "reverse", "tv", "gain", "x", "x2")
         sums = {name: torch.zeros(self.positions, **self.wide) for name in names}
         dtype = self.buffers[0].dtype
-        centre_a, centre_d = lse_a.to(dtype)[:, None], shift.to(dtype)[:, None]
+        centre_a = lse_a.to(dtype)[:, None]
+        rest = (shift - self.centre[:, 0].double()).to(dtype)[:, None]
         centre_b = (lse_a + shift).to(dtype)[:, None]
         for index in range(len(self.grid.bounds)):
             a, d = self.block(index)
             x, f, e, p = self.scratch(a.shape[1])
-            torch.sub(d, centre_d, out=x)
+            torch.sub(d, self.centre, out=x).sub_(rest)  # in two steps: a large shift stays exact
             torch.sub(a, centre_a, out=p).exp_()
             # f = p (expm1(x) - x), e = p expm1(x)
             torch.mul(x, 1 / 24, out=f).add_(1 / 6).mul_(x).add_(0.5).mul_(x).mul_(x)
