@@ -123,7 +123,7 @@ def _open(file: Path, room: int) -> Any:
     try:
         return llama_cpp.Llama(
             str(file), n_ctx=room, n_batch=min(room, 512), logits_all=True, verbose=False,
-            type_k=GGML_F32, type_v=GGML_F32, flash_attn=False,
+            type_k=GGML_F32, type_v=GGML_F32, flash_attn=False, swa_full=False,
         )  # fmt: skip
     except (ValueError, AssertionError, RuntimeError) as e:
         raise FormatError(
