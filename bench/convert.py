@@ -17,32 +17,43 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from measure import Run, idle, run
+
+if TYPE_CHECKING:  # the parent process stays small
+    from g2kit.model.config import GemmaConfig
 
 PRESETS = {"2b": "gemma2-2b", "9b": "gemma2-9b", "27b": "gemma2-27b"}
 
 
-def make_sources(size: str, root: Path) -> None:
+def model_config(size: str, layers: int | None) -> GemmaConfig:
+    """A released size, with fewer layers where asked."""
+    from g2kit.model.config import preset
+
+    config = preset(PRESETS[size]).config
+    return config.with_(num_hidden_layers=layers) if layers else config
+
+
+def make_sources(size: str, root: Path, layers: int | None) -> None:
     """Write the random checkpoints, once."""
     from synthetic import checkpoint
 
     from g2kit.convert.api import convert_checkpoint
     from g2kit.convert.plan import Options
-    from g2kit.model.config import preset
 
     root.mkdir(parents=True, exist_ok=True)
     hf = root / "hf"
     if not hf.exists():
         print(f"writing {hf}", file=sys.stderr)
-        model = checkpoint(preset(PRESETS[size]).config)
+        model = checkpoint(model_config(size, layers))
         convert_checkpoint(model, hf, Options("safetensors"), check=False)
     if not (root / "flax").exists():
         print(f"writing {root / 'flax'}", file=sys.stderr)
-        write_ocdbt(hf, root / "flax", size)
+        write_ocdbt(hf, root / "flax", model_config(size, layers))
 
 
-def write_ocdbt(hf: Path, out: Path, size: str) -> None:
+def write_ocdbt(hf: Path, out: Path, config: GemmaConfig) -> None:
     """The FLAT tree as Orbax writes it by default: one OCDBT store, one zstd-compressed chunk per tensor."""
     import numpy as np
     import tensorstore as ts
@@ -50,9 +61,7 @@ def write_ocdbt(hf: Path, out: Path, size: str) -> None:
     from g2kit.convert.layout import Layout
     from g2kit.convert.open import open_checkpoint
     from g2kit.convert.targets import TARGETS, target_variant
-    from g2kit.model.config import preset
 
-    config = preset(PRESETS[size]).config
     layout = Layout(target_variant(TARGETS["flax"], "flat", config, None), config, 256_128)
     tree = {}
     with open_checkpoint(hf, config=config) as source:
@@ -135,7 +144,7 @@ def methods(size: str, root: Path, peers: bool) -> dict[str, tuple[list[str], st
     g2conv = [str(Path(sys.executable).with_name("g2conv"))]
     quiet = ["--quiet"]
     sync = f"cp -r {hf} {out} && find {out} -type f -exec sync {{}} +"
-    config = ["--config", PRESETS[size]]
+    config = ["--config", hf]
     table: dict[str, tuple[list[str], str | None]] = {
         "cp -r + fsync": (["sh", "-c", sync], None),
         "safetensors-to-torch": (
@@ -191,7 +200,7 @@ def compare(size: str, root: Path, rounds: int, peers: bool, only: str) -> None:
                 )
     for leftover in ("out", "torch"):
         shutil.rmtree(root / leftover, ignore_errors=True)
-    show(size, nbytes, rounds, table, runs)
+    show(size, root, nbytes, rounds, table, runs)
 
 
 def prepare(size: str, root: Path, name: str) -> None:
@@ -205,6 +214,7 @@ def prepare(size: str, root: Path, name: str) -> None:
 
 def show(
     size: str,
+    root: Path,
     nbytes: int,
     rounds: int,
     table: dict[str, tuple[list[str], str | None]],
@@ -213,7 +223,7 @@ def show(
     """The table in Markdown."""
     base_mib = idle()
     print(
-        f"\n{PRESETS[size]}, {nbytes / 1e9:.2f} GB, {rounds} rounds, medians; idle interpreter {base_mib:.0f} MiB\n"
+        f"\n{PRESETS[size]} ({root.name}), {nbytes / 1e9:.2f} GB, {rounds} rounds, medians; idle interpreter {base_mib:.0f} MiB\n"
     )
     print("| method | s | GB/s | rate / baseline | CPU s | peak MiB above idle |")
     print("|---|---|---|---|---|---|")
@@ -239,11 +249,8 @@ def memory(size: str, root: Path, to: str, layers: int | None) -> None:
 
     from g2kit.convert.api import convert_checkpoint
     from g2kit.convert.plan import Options
-    from g2kit.model.config import preset
 
-    config = preset(PRESETS[size]).config
-    if layers:
-        config = config.with_(num_hidden_layers=layers)
+    config = model_config(size, layers)
     noise()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.monotonic()
@@ -272,13 +279,13 @@ def main() -> None:
         "--memory", action="store_true", help="generated weights, memory figure only"
     )
     parser.add_argument("--to", default="flax", help="with --memory: the target")
-    parser.add_argument("--layers", type=int, help="with --memory: this many layers")
+    parser.add_argument("--layers", type=int, help="this many layers instead of all")
     parser.add_argument(
         "--only", default="", help="methods whose name contains this, and baselines"
     )
     parser.add_argument("--no-peers", action="store_true")
     args = parser.parse_args()
-    root = args.dir.absolute() / args.size
+    root = args.dir.absolute() / (f"{args.size}-{args.layers}" if args.layers else args.size)
     if args.memory:
         memory(args.size, root, args.to, args.layers)
         return

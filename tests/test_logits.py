@@ -141,6 +141,18 @@ def test_equal_blocks_of_two_tables_are_shared() -> None:
     check(compare(ref, cand, table, table.clone(), cap=30.0), wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("far", [0.3, 10.0])
+def test_a_far_position_does_not_blur_its_neighbours(cap: float | None, far: float) -> None:
+    table, ref = random(900, 48, scale=0.5), random(8, 48, seed=1)
+    cand = ref + 1e-7 * random(8, 48, seed=2)
+    cand[3] += far
+    found = compare(ref, cand, table, cap=cap, block_rows=200)
+    wanted = naive(capped(ref, table, cap), capped(cand, table, cap))
+    for name in ("kl", "reverse_kl", "tv"):
+        np.testing.assert_allclose(getattr(found, name), wanted[name], rtol=1e-3, err_msg=name)
+
+
 def test_a_missing_soft_cap_is_seen() -> None:
     table, ref = random(300, 32, scale=2.0), random(5, 32, seed=1)
     found = compare(ref, ref, table, cap=30.0, cand_cap=None)
