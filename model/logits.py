@@ -115,7 +115,8 @@ def compare(
             _product(ref[part], rows, a)
             if step is not None and (two is None or _equal(one, two)):
                 _product(step[part], rows, d)
-                relative = cap_pair(a, d, cap, sweep.scratch(a.shape[1])[0])
+                cap_pair(a, d, cap, sweep.scratch(a.shape[1])[0])
+                relative = True
             else:
                 _product(cand[part], rows if two is None else _ready(two, cand), d)
                 relative = False

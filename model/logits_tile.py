@@ -82,27 +82,22 @@ def group_maxima(x: Tensor) -> Tensor:
     return strided if whole == width else torch.cat((strided, x[:, whole:]), 1)
 
 
-def cap_pair(a: Tensor, d: Tensor, cap: float | None, work: Tensor) -> bool:
-    """Soft-cap in place: ``a`` raw logits -> capped, ``d`` raw difference -> difference of the capped logits.
-
-    Returns:
-        False where the differences are so large that ``d`` became the capped logits of the second stream instead.
-    """
+def cap_pair(a: Tensor, d: Tensor, cap: float | None, work: Tensor) -> None:
+    """Soft-cap in place: ``a`` raw logits -> capped, ``d`` raw difference -> difference of the capped logits."""
     if cap is None:
-        return True
-    if max(float(d.amax()), -float(d.amin())) > cap / 2:  # the identity would divide by almost 0
-        torch.add(a, d, out=d)
-        d.div_(cap).tanh_().mul_(cap)
-        a.div_(cap).tanh_().mul_(cap)
-        return False
+        return
+    # where differences are large the identity would divide by almost 0: such positions are subtracted
+    far = (torch.maximum(d.amax(-1), -d.amin(-1)) > cap / 2).nonzero()[:, 0]
+    direct = (a[far] + d[far]).div_(cap).tanh_() if len(far) else None
     a.div_(cap).tanh_()
     d.div_(cap).tanh_()
     torch.mul(a, d, out=work).add_(1.0)
     torch.div(d, work, out=d)
     torch.mul(a, a, out=work).neg_().add_(1.0)
     d.mul_(work).mul_(cap)
+    if direct is not None:
+        d[far] = (direct - a[far]).mul_(cap)
     a.mul_(cap)
-    return True
 
 
 def total(x: Tensor) -> Tensor:
@@ -135,7 +130,8 @@ class Sweep:
         self.max_b: list[Tensor] = []
         self.sum_a: list[Tensor] = []
         self.sum_b: list[Tensor] = []
-        self.gain: list[Tensor] = []  # sum exp(a - max) expm1(d), where all differences are small
+        self.near: list[Tensor] = []  # all differences of the position in the block are small
+        self.gain: list[Tensor] = []  # there: sum exp(a - max) expm1(d - centre)
         self.top_a: list[Tensor] = []
         self.top_b: list[Tensor] = []
         # about what the second stream is above the first, [positions, 1]
@@ -181,16 +177,22 @@ class Sweep:
         if not len(self.centre):
             self.centre = d.mean(-1, keepdim=True)
         centre = self.centre[:, 0].double()
-        if bool((torch.maximum(centre - low, high - centre) < SMALL).all()):
+        near = torch.maximum(centre - low, high - centre) < SMALL
+        self.near.append(near)
+        gain = torch.zeros_like(centre)
+        if bool(near.any()):
             # sum w (t + t²/2), t = d - centre: exact where exp(b) - exp(a) would cancel
             torch.sub(d, self.centre, out=u)
             torch.mul(u, 0.5, out=t).add_(1.0).mul_(u).mul_(w)
-            self.gain.append(total(t))
-            self.max_b.append(self.max_a[-1] + centre)
-            self.sum_b.append(self.sum_a[-1] + self.gain[-1])
-        else:
-            self.max_b.append(top_b[:, 0].double())
-            self.sum_b.append(total(torch.sub(b, top_b, out=w).exp_()))
+            gain = total(t)
+        self.gain.append(gain)
+        peak, mass = self.max_a[-1] + centre, self.sum_a[-1] + gain
+        if not bool(near.all()):
+            direct = total(torch.sub(b, top_b, out=w).exp_())
+            peak = torch.where(near, peak, top_b[:, 0].double())
+            mass = torch.where(near, mass, direct)
+        self.max_b.append(peak)
+        self.sum_b.append(mass)
 
     def finish(self) -> dict[str, Tensor]:
         """The statistics of every position, ``[positions]`` each; see :class:`g2kit.model.logits_stats.Stats`."""
@@ -234,12 +236,12 @@ class Sweep:
         weight = (max_a - peak).exp()
         mass = (weight * sum_a).sum(0)
         lse_a = peak + mass.log()
-        if len(self.gain) == len(self.max_a):
-            gain = torch.log1p((weight * torch.stack(self.gain)).sum(0) / mass)
-            return lse_a, gain + self.centre[:, 0].double()
+        gain = torch.log1p((weight * torch.stack(self.gain)).sum(0) / mass)
+        gain = gain + self.centre[:, 0].double()
         max_b, sum_b = torch.stack(self.max_b), torch.stack(self.sum_b)
         peak = max_b.amax(0)
-        return lse_a, peak + ((max_b - peak).exp() * sum_b).sum(0).log() - lse_a
+        direct = peak + ((max_b - peak).exp() * sum_b).sum(0).log() - lse_a
+        return lse_a, torch.where(torch.stack(self.near).all(0), gain, direct)
 
     def _second_pass(self, lse_a: Tensor, shift: Tensor) -> dict[str, Tensor]:
         """Sums over the vocabulary of the terms of both divergences, total variation, x and x²."""
