@@ -291,7 +291,7 @@ def main() -> None:
         return
     # in a process of its own: a child's peak memory counts from what its parent had when it was started
     child = multiprocessing.get_context("spawn").Process(
-        target=make_sources, args=(args.size, root)
+        target=make_sources, args=(args.size, root, args.layers)
     )
     child.start()
     child.join()
