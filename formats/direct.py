@@ -15,6 +15,8 @@ import os
 import threading
 from collections.abc import Callable
 
+import numpy as np
+
 _ALIGN = (
     4096  # block size of nearly every device; a larger one is refused with EINVAL, which falls back
 )
@@ -34,6 +36,11 @@ def _bounce() -> memoryview:
         _local.buffer = memoryview(mmap.mmap(-1, _PIECE))
     buffer: memoryview = _local.buffer
     return buffer
+
+
+def _copy(to: memoryview, data: memoryview) -> None:
+    """Copy bytes without holding the interpreter's lock, as assigning to a slice would."""
+    np.copyto(np.frombuffer(to, np.uint8), np.frombuffer(data, np.uint8))
 
 
 def is_cached(fd: int, offset: int, size: int) -> bool:
@@ -81,7 +88,7 @@ class DirectFile:
         if n is None:
             return None
         got = max(0, min(n - skip, len(out)))
-        out[:got] = buffer[skip : skip + got]
+        _copy(out[:got], buffer[skip : skip + got])
         return got
 
     def write(self, data: memoryview, offset: int) -> int:
@@ -93,7 +100,7 @@ class DirectFile:
             return os.pwrite(self._fd, data[:edge], offset)
         size = min(_PIECE, len(data) - len(data) % _ALIGN)
         buffer = _bounce()
-        buffer[:size] = data[:size]
+        _copy(buffer[:size], data[:size])
         n = self._try(lambda fd: os.pwrite(fd, buffer[:size], offset))
         return os.pwrite(self._fd, data, offset) if n is None else n
 
