@@ -105,6 +105,12 @@ def convert(
         raise UsageError(f"{to!r} is not a framework.", fix=f"use one of {', '.join(TARGETS)}.")
     if check not in ("weights", "none"):
         raise UsageError(f"check must be weights or none, not {check!r}.")
+    if dtype not in ("keep", "bf16", "f16", "f32"):
+        raise UsageError(f"dtype must be keep, bf16, f16 or f32, not {dtype!r}.")
+    if source is not None and source not in TARGETS:
+        raise UsageError(f"{source!r} is not a framework.", fix=f"use one of {', '.join(TARGETS)}.")
+    if gating not in (None, "df", "fd"):
+        raise UsageError(f"gating must be df or fd, not {gating!r}.")
     options = Options(
         to, layout, dtype, max_shard_size, gating, drop_padding, fold_query_scale,
         None if tokenizer is None else str(tokenizer),
@@ -240,7 +246,11 @@ def _check_written(
     """Read every tensor back through the output format's own reader and compare hashes."""
     gating = {True: "fd", False: "df", None: None}[plan.layout.variant.options.get("transposed")]
     with open_checkpoint(
-        staged, config=plan.checkpoint.config, container=plan.target.container, gating=gating
+        staged,
+        config=plan.checkpoint.config,
+        container=plan.target.container,
+        gating=gating,
+        staged=True,
     ) as back:
         back.source.scratch = plan.checkpoint.source.scratch
         found = digest.digests(back, meter)
@@ -284,6 +294,10 @@ def _lossy(plan: Conversion, records: Mapping[str, TaskRecord]) -> list[LossySte
             steps.setdefault(str(name), {})[task.tensor.name] = records[task.tensor.name].changed
     if lost := _dropped_values(records):
         steps["drop_padding"] = {canonical.EMBED_PADDING: lost}
+    for task in plan.tasks:
+        if rounded := records[task.tensor.name].rounded:
+            reading = f"reading {task.tensor.placement.step}"
+            steps.setdefault(reading, {})[task.tensor.name] = rounded
     for name in plan.checkpoint.quantized:
         steps.setdefault("dequantize", {})[name] = 0
     return [LossyStep(name, counts) for name, counts in sorted(steps.items())]

@@ -90,7 +90,7 @@ def _output_options(f: Callable[..., Any]) -> Callable[..., Any]:
     f = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")(
         f
     )
-    return click.option("--quiet", "-q", is_flag=True, help="No progress; errors only.")(f)
+    return click.option("--quiet", "-q", is_flag=True, help="Print errors only.")(f)
 
 
 def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,7 +176,8 @@ def _convert(
         result = api.convert(
             src, dst, max_shard_size=size, dry_run=dry_run, progress=meter, **options
         )
-    _print(result, show.plan if dry_run else show.result, as_json)
+    if as_json or not quiet:
+        _print(result, show.plan if dry_run else show.result, as_json)
     for line in show.warnings(result):
         meter.say(line)
 

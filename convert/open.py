@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..formats.base import Source, Tensor, iter_row_blocks
 from ..formats.dtypes import FLOATS
-from ..formats.errors import ConfigError, DtypeError, FileIOError, ShapeError
+from ..formats.errors import ConfigError, DtypeError, FileIOError, FormatError, ShapeError
 from ..formats.names import listing
 from ..formats.strict_json import load as load_json
 from ..model import canonical
@@ -62,6 +62,7 @@ class LazyTensor:
         self.step = step
         self.config = config
         self.dtype = source.dtype
+        self.rounded = 0  # stored elements that undoing the step has rounded, over all reads
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +99,10 @@ class LazyTensor:
     def _undo(self, stored: Array) -> Array:
         if self.step is None:
             return stored.astype(self.dtype, copy=False)
-        return self.step.inverse(stored, self.config, self.dtype)
+        x = self.step.inverse(stored, self.config, self.dtype)
+        again = self.step.forward(x, self.config, stored.dtype)
+        self.rounded += int(np.count_nonzero(again != stored))
+        return x
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.name!r}, {self.dtype}, {self.shape})"
@@ -159,6 +163,7 @@ def open_checkpoint(
     container: str | None = None,
     gating: str | None = None,
     fix_config: bool = False,
+    staged: bool = False,
 ) -> Checkpoint:
     """Open any Gemma 1 or 2 checkpoint. Reads headers and norms only.
 
@@ -168,17 +173,31 @@ def open_checkpoint(
         container: format module to take where a directory holds several.
         gating: ``df`` or ``fd``, for a Flax checkpoint whose hidden and intermediate sizes are equal.
         fix_config: correct hyper-parameters known to be wrong in published files.
+        staged: the path is an output in the making, which is refused otherwise.
 
     Raises:
         G2Error: any subclass; see :mod:`g2kit.formats.errors`.
     """
     path = Path(path)
+    if not staged:
+        refuse_unfinished(path)
     source = open_container(path, container)
     try:
         return _open(path, source, config, gating, fix_config)
     except BaseException:
         source.close()
         raise
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raise FormatError for what an interrupted g2conv left behind: its files have holes."""
+    for folder in (path, *path.parents[:3]):
+        if folder.name.endswith(".partial") and (folder / "journal").is_file():
+            raise FormatError(
+                "this is the unfinished output of an interrupted g2conv.",
+                where=folder,
+                fix="run the same g2conv command again to finish it.",
+            )
 
 
 def _open(

@@ -11,9 +11,10 @@ import numpy as np
 
 from ..formats.base import Array, ContainerPlan, Index, Slot, Tensor
 from ..formats.dtypes import BY_SHORT, F32, names, short
-from ..formats.errors import DtypeError, LossyError, UsageError
+from ..formats.errors import ConfigError, DtypeError, LossyError, UsageError
 from ..model import canonical
 from ..model.config import GemmaConfig
+from ..model.config_formats import ConfigWarning
 from .digest import same_bits
 from .extras import extra_files, gguf_kv, travelling
 from .layout import Layout, Placement, Row
@@ -58,6 +59,8 @@ class Task:
         dtype: the slot's element type.
         step: arithmetic on the way out, or None.
         read_dtype: dtype in which the target's reader will give it back.
+        narrow: the model's dtype, which the reader gives back instead where that loses nothing (norms that the
+            format stores wider).
         dropped: rows stored behind this tensor that the target does not hold; read right after it, so that
             a compressed embedding is decoded once.
         refusal: raised when ``dropped`` holds anything but zeros; None where that is accepted.
@@ -69,6 +72,7 @@ class Task:
     dtype: np.dtype
     step: Step | None
     read_dtype: np.dtype
+    narrow: np.dtype | None = None
     dropped: LazyTensor | None = None
     refusal: LossyError | None = None
 
@@ -275,12 +279,13 @@ def _tasks(
         if step is not None and step.is_identity(checkpoint.config):
             step = None
         if placement.step == "llama_query_scale" and step is not None:
-            _check_query_scale(checkpoint.config, step, options, notes)
+            _check_query_scale(checkpoint.config, checkpoint.reading.warnings, step, options, notes)
         dtype = row.dtype or wanted or tensor.dtype
         read_dtype = wanted or tensor.dtype
-        if row.dtype is not None and tensor.dtype.itemsize > model_dtype.itemsize:
-            read_dtype = row.dtype
-        tasks.append(Task(tensor, row, placement, dtype, step, read_dtype))
+        narrow = None
+        if step is not None and len(tensor.shape) == 1 and dtype.itemsize > model_dtype.itemsize:
+            read_dtype, narrow = dtype, model_dtype
+        tasks.append(Task(tensor, row, placement, dtype, step, read_dtype, narrow))
     if canonical.EMBED_PADDING in layout.placements.keys() - checkpoint.tensors.keys():
         tasks.insert(1, _zero_rows(layout, tasks[0]))
     return tasks
@@ -309,21 +314,31 @@ def _kinds(checkpoint: Checkpoint) -> str:
     return ", ".join(sorted(kinds))
 
 
-def _check_query_scale(config: GemmaConfig, step: Step, options: Options, notes: list[str]) -> None:
+def _check_query_scale(
+    config: GemmaConfig,
+    warnings: list[ConfigWarning],
+    step: Step,
+    options: Options,
+    notes: list[str],
+) -> None:
     text = (
         f"llama.cpp multiplies queries by a scale it derives from the layer count; this model's is "
         f"{config.query_pre_attn_scalar:g}^-1/2, so the query projection must be multiplied by "
         f"{step.factor(config):.6g}"
     )
+    doubted = next((w for w in warnings if w.field == "query_pre_attn_scalar"), None)
+    if doubted is not None:
+        raise ConfigError(
+            f"{doubted}.", fix="pass --fix-config, or the right configuration with --config."
+        )
     if not step.is_exact(config) and not options.fold_query_scale:
         raise LossyError(
             f"{text}, which is not a power of two and rounds.",
             fix="pass --fold-query-scale to accept that (the manifest counts the changed elements).",
         )
-    if text not in notes:
-        notes.append(
-            f"{text} ({'exact' if step.is_exact(config) else 'rounded, --fold-query-scale'})"
-        )
+    said = f"{text} ({'exact' if step.is_exact(config) else 'rounded, --fold-query-scale'})"
+    if said not in notes:
+        notes.append(said)
 
 
 def _slots(layout: Layout, tasks: list[Task], target: Target) -> list[Slot]:

@@ -146,6 +146,11 @@ def result(r: Report) -> str:
 
 def _step(s: Report) -> str:
     """One step that does arithmetic, and what it changed."""
+    if s["step"].startswith("reading "):
+        return (
+            f"{s['step']}: {_number(s['changed'])} stored elements were rounded when read, in "
+            f"{s['tensors']} tensors"
+        )
     if not s["changed"]:
         return f"{s['step']}: {s['tensors']} tensors, every element comes back exactly"
     return (
@@ -167,7 +172,14 @@ def _wrote(r: Report) -> str:
 
 def _verdict(r: Report) -> str:
     same = r["source"]["fingerprint"] == r["output"]["fingerprint"]
-    return "equal: the same weights, bit for bit" if same else "differs: see the steps"
+    changed = sum(s["changed"] for s in r["lossy"])
+    if same:
+        return (
+            "equal to what was read: see the steps"
+            if changed
+            else "equal: the same weights, bit for bit"
+        )
+    return "differs: see the steps" if changed else "same values in another dtype"
 
 
 def _checked(r: Report) -> str:

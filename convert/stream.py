@@ -44,6 +44,7 @@ class TaskRecord:
         changed: elements whose value differs between the two.
         nonfinite: NaN and infinite elements in the source (carried over as they are).
         dropped: digest of the rows behind it that the target does not hold, if any.
+        rounded: stored elements that undoing the source's own arithmetic rounded.
     """
 
     source: TensorEntry
@@ -51,6 +52,7 @@ class TaskRecord:
     changed: int
     nonfinite: int
     dropped: TensorEntry | None = None
+    rounded: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the journal."""
@@ -60,6 +62,7 @@ class TaskRecord:
             "changed": self.changed,
             "nonfinite": self.nonfinite,
             "dropped": asdict(self.dropped) if self.dropped else None,
+            "rounded": self.rounded,
         }
 
     @classmethod
@@ -71,6 +74,7 @@ class TaskRecord:
             data["changed"],
             data["nonfinite"],
             _entry(data["dropped"]) if data["dropped"] else None,
+            data["rounded"],
         )
 
 
@@ -83,7 +87,9 @@ def run_task(task: Task, write: Write, progress: Progress = no_progress) -> Task
     """
     tensor, config = task.tensor, task.tensor.config
     source = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
-    output = TensorHasher(tensor.name, task.read_dtype, tensor.shape) if task.changes else source
+    read_dtype = task.read_dtype
+    output = TensorHasher(tensor.name, read_dtype, tensor.shape) if task.changes else source
+    tensor.rounded = 0
     changed = nonfinite = 0
     for start, stop, x in recycling(_blocks(task)):
         source.update(x)
@@ -101,11 +107,10 @@ def run_task(task: Task, write: Write, progress: Progress = no_progress) -> Task
                     tensor=tensor.name,
                     fix="use --dtype bf16 or f32.",
                 )
-            back = (
-                task.step.inverse(y, config, task.read_dtype)
-                if task.step
-                else _cast(y, task.read_dtype)
-            )
+            if _narrows(task, y):
+                read_dtype = task.narrow or read_dtype
+                output = TensorHasher(tensor.name, read_dtype, tensor.shape)
+            back = task.step.inverse(y, config, read_dtype) if task.step else _cast(y, read_dtype)
             output.update(back)
             changed += _differences(x, back)
         _put(task, start, stop, y, write)
@@ -113,7 +118,16 @@ def run_task(task: Task, write: Write, progress: Progress = no_progress) -> Task
     dropped = digest(task.dropped) if task.dropped is not None else None
     if dropped is not None and task.refusal is not None and not is_zero(dropped):
         raise task.refusal
-    return TaskRecord(entry(source), entry(output), changed, nonfinite, dropped)
+    return TaskRecord(entry(source), entry(output), changed, nonfinite, dropped, tensor.rounded)
+
+
+def _narrows(task: Task, stored: Array) -> bool:
+    """Whether the reader will give this norm back in the model's dtype; see ``open``."""
+    if task.narrow is None or task.step is None:
+        return False
+    config = task.tensor.config
+    back = task.step.inverse(stored, config, task.narrow)
+    return bool(np.array_equal(task.step.forward(back, config, stored.dtype), stored))
 
 
 def _entry(data: Mapping[str, Any]) -> TensorEntry:

@@ -466,3 +466,29 @@ def test_a_stopped_run_leaves_nothing_and_continues(
         assert not (tmp_path / "dst").exists()
         assert run("safetensors-to-flax", src, tmp_path / "dst")[0] == 0
     assert tree(tmp_path / "dst") == tree(want)
+
+
+def test_quiet_prints_nothing(run, tmp_path: Path) -> None:
+    assert run("safetensors-to-torch", sample_dir(), tmp_path / "o", "--quiet") == (0, "", "")
+
+
+def test_unfinished_output_is_no_checkpoint(run, tmp_path: Path) -> None:
+    save(tmp_path / "x.partial" / "data")
+    (tmp_path / "x.partial" / "journal").touch()
+    status, _, err = run("fingerprint", tmp_path / "x.partial" / "data")
+    assert (status, "unfinished output of an interrupted g2conv" in err) == (3, True)
+
+
+def test_a_doubted_query_scale_is_not_folded(run, tmp_path: Path) -> None:
+    from test_open import make_hollow
+
+    from g2kit.model.config import preset
+
+    make_hollow(tmp_path / "x", preset("gemma2-9b").config, "safetensors")
+    config = to_huggingface(preset("gemma2-9b").config) | {"query_pre_attn_scalar": 224}
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    status, _, err = run("safetensors-to-gguf", tmp_path / "x", tmp_path / "o", "--dry-run")
+    assert status == 3
+    assert "error[E_CONFIG]" in err
+    assert "256" in err
+    assert "--fix-config" in err

@@ -228,3 +228,31 @@ def test_the_same_conversion_gives_the_same_bytes(target: Target, tmp: Path) -> 
     ]
     assert files[0] == files[1]
     assert fingerprint(tmp / "one", config=config) == fingerprint(tmp / "two", config=config)
+
+
+@pytest.mark.parametrize("norms", ["bf16-exact", "not exact", "some"])
+@pytest.mark.parametrize("target", [("gguf", "gguf", None), MAXTEXT[0]])
+@pytest.mark.parametrize("to", ["keep", "bf16", "f16", "f32"])
+def test_wide_norms_beside_narrow_matrices(norms: str, target: Target, to: str, tmp: Path) -> None:
+    """Upcast models and fine-tunes: the reader narrows a stored norm only where that loses nothing."""
+    config = small("gemma2-2b")
+    weights = random_weights(config, 9)
+    for k, name in enumerate(n for n in weights if n.endswith("norm.weight")):
+        exact = norms == "bf16-exact" or (norms == "some" and k % 2)
+        weights[name] = weights[name].astype(F32) + np.float32(0 if exact else 1e-5)
+    report = write(checkpoint(config, weights), tmp / "o", target, dtype=to)
+    assert report["checked_tensors"] == len(weights)
+    assert fingerprint(tmp / "o", config=config) == report["output"]["fingerprint"]
+
+
+def test_rounding_while_reading_is_counted(tmp: Path) -> None:
+    """MaxText norms below 1/2 hold more digits than w = stored - 1 keeps in bfloat16."""
+    config = small("gemma2-2b")
+    weights = random_weights(config, 10)
+    write(checkpoint(config, weights), tmp / "m", MAXTEXT[0])
+    again = convert(tmp / "m", tmp / "u", to="maxtext", layout="unscanned", config=config)
+    counted = {s["step"]: s["changed"] for s in again["lossy"] if s["step"].startswith("reading")}
+    with open_checkpoint(tmp / "m", config=config) as c:
+        for t in c.tensors.values():
+            t.read()
+        assert sum(counted.values()) == sum(t.rounded for t in c.tensors.values()) > 0
