@@ -473,6 +473,7 @@ def test_quiet_prints_nothing(run, tmp_path: Path) -> None:
 
 
 def test_unfinished_output_is_no_checkpoint(run, tmp_path: Path) -> None:
+    (tmp_path / "x.partial").mkdir()
     save(tmp_path / "x.partial" / "data")
     (tmp_path / "x.partial" / "journal").touch()
     status, _, err = run("fingerprint", tmp_path / "x.partial" / "data")
@@ -492,3 +493,20 @@ def test_a_doubted_query_scale_is_not_folded(run, tmp_path: Path) -> None:
     assert "error[E_CONFIG]" in err
     assert "256" in err
     assert "--fix-config" in err
+
+
+def test_a_terminal_sees_progress(tmp_path: Path) -> None:
+    """On a pseudo-terminal, whatever size it claims to have; stdout stays clean."""
+    import pty
+
+    exe = Path(sys.executable).with_name("g2conv")
+    control, terminal = pty.openpty()
+    child = subprocess.Popen(
+        [exe, "fingerprint", sample_dir()], stdout=subprocess.PIPE, stderr=terminal, text=True
+    )
+    out, _ = child.communicate()
+    os.close(terminal)
+    seen = os.read(control, 1 << 16).decode()
+    os.close(control)
+    assert "hashing" in seen
+    assert out.startswith("g2:sha256:")

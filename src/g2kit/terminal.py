@@ -37,9 +37,11 @@ class Meter:
         if self.shown:
             from tqdm import tqdm
 
+            # a terminal that does not tell its size (0 x 0) would show no bar at all
+            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
             self._bar = tqdm(
-                total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True, leave=False,
-                mininterval=0.2,
+                total=total, unit="B", unit_scale=True, desc=what, leave=False, mininterval=0.2,
+                dynamic_ncols=known, ncols=None if known else 80, nrows=None if known else 24,
             )  # fmt: skip
 
     def __call__(self, nbytes: int, name: str) -> None:
