@@ -246,7 +246,8 @@ def find_sidecars(path: Path, source_format: str, tokenizer: Path | None = None)
         files[manifest.NAME] = single
     elif path.is_dir():
         _look(directory, manifest.NAME, files, notes)
-    has_own = source_format == "gguf"  # in its metadata
+    # in its metadata, or named: then nothing above is taken, nor said to be
+    has_own = source_format == "gguf" or tokenizer is not None
     if not has_own and TOKENIZER_MODEL not in files and TOKENIZER_JSON not in files:
         _look_above(directory, files, notes)
     found = Sidecars(directory, files, tuple(notes), source_format)

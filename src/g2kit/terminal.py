@@ -131,7 +131,8 @@ def _fail(code: str, text: str, status: int, debug: bool) -> int:
 
 def _stopped(signum: int) -> int:
     click.echo(
-        "stopped. The destination is untouched; the same command continues where this one stopped.",
+        "stopped. No destination was changed; a conversion continues when the same command is run again "
+        "(what is done so far lies in DST.partial).",
         err=True,
     )
     return 128 + signum
