@@ -21,6 +21,7 @@ from ...model.config import GemmaConfig
 Array = npt.NDArray[Any]
 Tokens = Array | Sequence[int] | Sequence[Sequence[int]]
 Tap = Callable[[str, Array], None]
+Table = Callable[[], Iterator[tuple[int, int, Array]]]
 # what a runner may give; `blocks` also means hidden states, `replay` a block run on hidden states of the caller's choice
 ABILITIES = ("logits", "blocks", "replay", "taps", "decode")
 # names of intermediates inside a block, in forward order, as in model/torch_gemma.py
@@ -166,6 +167,15 @@ class Runner(ABC):
     def final_hidden(self) -> Array:
         """Hidden states after the last block and the final norm, ``[batch, length, hidden]``."""
         raise self._cannot("blocks")
+
+    def table(self) -> Table | None:
+        """The unembedding that :meth:`logit_tiles` multiplies the final hidden states with; None where it keeps that to itself.
+
+        Returns:
+            A function whose every call reads the table once: ``(start, stop, rows[stop - start, hidden])`` in order, in
+            the stored dtype, rounded where the compute type is narrower.
+        """
+        return None
 
     def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
         """A decoder with room for ``capacity`` positions, padding included; default the model's context."""

@@ -21,7 +21,7 @@ from ...formats.errors import ResourceError
 from ...model import canonical
 from ...model.config import GemmaConfig
 from . import jax_math as m
-from .base import ABILITIES, TAPS, Array, Decoder, DecodeState, Runner, Tap, Tokens, tile_edges
+from .base import ABILITIES, TAPS, Array, Decoder, DecodeState, Runner, Table, Tap, Tokens, tile_edges
 from .jax_mesh import batch_sharding, make_mesh, weight_sharding
 from .weights import Weights
 
@@ -122,6 +122,10 @@ class JaxRunner(Runner):
             with self._context():  # closed again before the caller goes on
                 logits = np.asarray(m.unembed(hidden, table(), config=self.config))
             yield start, stop, logits
+
+    def table(self) -> Table:
+        """See :meth:`.base.Runner.table`."""
+        return self._weights.table(self.dtype)
 
     def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
         """See :meth:`.base.Runner.decoder`. Streams all weights at every step unless ``resident``."""

@@ -17,7 +17,7 @@ from ...formats.dtypes import BF16
 from ...formats.errors import ResourceError, UsageError
 from ...model import canonical, torch_gemma
 from ...model.config import GemmaConfig
-from .base import ABILITIES, Array, Decoder, DecodeState, Runner, Tap, Tokens, tile_edges
+from .base import ABILITIES, Array, Decoder, DecodeState, Runner, Table, Tap, Tokens, tile_edges
 from .weights import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -107,6 +107,10 @@ class TorchRunner(Runner):
             with exact_products():
                 logits = as_numpy(self._unembed(hidden, tile))
             yield start, stop, logits
+
+    def table(self) -> Table:
+        """See :meth:`.base.Runner.table`."""
+        return self._weights.table(self.dtype)
 
     def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
         """See :meth:`.base.Runner.decoder`. Streams all weights at every step unless ``resident``."""

@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from ...convert.open import Checkpoint, LazyTensor, config_option, open_checkpoint
 from ...formats.base import RowTensor
+from ...formats.dtypes import BF16
 from ...formats.errors import ConfigError, ExtraTensorError
 from ...model import canonical
 from ...model.config import GemmaConfig
+from .base import Table, tile_edges
 
 Array = npt.NDArray[Any]
 RUN_GAP = 8  # rows between two wanted ones that are cheaper to read than to skip
@@ -67,6 +69,16 @@ class Weights:
         whole = None if self._table.streams_rows else self._table.read()
         for start, stop in edges:
             yield start, stop, self.embedding(start, stop) if whole is None else whole[start:stop]
+
+    def table(self, dtype: str, rows: int | None = None) -> Table:
+        """See :meth:`.base.Runner.table`; ``dtype`` is the compute type."""
+
+        def tiles() -> Iterator[tuple[int, int, Array]]:
+            for start, stop, tile in self.embedding_tiles(tile_edges(self.config.vocab_size, rows)):
+                narrow = dtype == "bfloat16" and tile.dtype != BF16
+                yield start, stop, tile.astype(BF16) if narrow else tile
+
+        return tiles
 
     def embedding_of(self, ids: Array) -> tuple[Array, Array]:
         """Rows of the embedding that ``ids`` need.
