@@ -362,7 +362,7 @@ def _plan_report(plan: Conversion, dst: Path) -> Report:
         ),
         "resources": {
             "free_bytes": shutil.disk_usage(at).free,
-            "peak_bytes": digest.WORKERS * 3 * largest + (256 << 20),
+            "peak_bytes": digest.WORKERS * 3 * largest + (448 << 20),
             "seconds": [round(moved / 1.5e9, 1), round(moved / 0.3e9, 1)],
         },
         "notes": plan.notes,

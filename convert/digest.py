@@ -7,12 +7,13 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from itertools import cycle
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.arena import recycled
+from ..formats.arena import Memory, recycled
 from ..formats.dtypes import BF16, BY_SHORT, F16, F32, short
 from ..formats.fingerprint import TensorHasher, leaf
 from ..formats.fingerprint import fingerprint as fingerprint_of
@@ -52,22 +53,45 @@ def run_all(
         return {name: f.result() for name, f in futures.items()}  # type: ignore[misc]
 
 
-def recycling(blocks: Iterable[T]) -> Iterator[T]:
-    """The blocks, each in memory that the next one reuses: do not keep them."""
-    parts = iter(blocks)
-    while True:
-        with recycled():
-            try:
-                part = next(parts)
-            except StopIteration:
-                return
+class _Lane(threading.local):
+    """What overlaps within one worker: while it writes a block, the next is read and this one hashed."""
+
+    def __init__(self) -> None:
+        self.reader = ThreadPoolExecutor(1, "g2kit-read")
+        self.hasher = ThreadPoolExecutor(1, "g2kit-digest")
+        self.memories = (Memory(), Memory())
+
+
+_lane = _Lane()
+_END: Any = object()
+
+
+def read_ahead(blocks: Iterable[T]) -> Iterator[T]:
+    """The blocks, the next one being read meanwhile; each in memory that the next but one reuses: do not keep them."""
+    parts, memories, reader = iter(blocks), cycle(_lane.memories), _lane.reader
+
+    def step() -> T:
+        with recycled(next(memories)):
+            return next(parts, _END)
+
+    coming = reader.submit(step)
+    try:
+        while (part := coming.result()) is not _END:
+            coming = reader.submit(step)
             yield part
+    finally:
+        wait([coming])  # it uses this worker's memory
+
+
+def meanwhile(work: Callable[[], None]) -> Future[None]:
+    """Run something beside this worker; its result must be waited for."""
+    return _lane.hasher.submit(work)
 
 
 def digest(tensor: LazyTensor, progress: Progress = no_progress) -> TensorEntry:
     """Hash one tensor's canonical bytes."""
     hasher = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
-    for _, _, rows in recycling(tensor.blocks()):
+    for _, _, rows in read_ahead(tensor.blocks()):
         hasher.update(rows)
         progress(rows.nbytes, tensor.name)
     return entry(hasher)

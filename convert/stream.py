@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..formats.arena import recycled
 from ..formats.errors import NonFiniteError
 from ..formats.fingerprint import TensorHasher
 from ..formats.manifest import TensorEntry
@@ -24,13 +27,15 @@ from .digest import (
     digest,
     entry,
     is_zero,
+    meanwhile,
     no_progress,
-    recycling,
+    read_ahead,
     run_all,
 )
 from .plan import Task
 
 Array = npt.NDArray[Any]
+ALONE = 256 << 20  # bytes
 Write = Callable[[str, tuple[int, ...], Array], None]
 
 
@@ -91,34 +96,44 @@ def run_task(task: Task, write: Write, progress: Progress = no_progress) -> Task
     output = TensorHasher(tensor.name, read_dtype, tensor.shape) if task.changes else source
     tensor.rounded = 0
     changed = nonfinite = 0
-    for start, stop, x in recycling(_blocks(task)):
-        source.update(x)
-        bad = count_nonfinite(x)
-        nonfinite += bad
-        y = x
-        if task.changes:
-            y = task.step.forward(x, config, task.dtype) if task.step else _cast(x, task.dtype)
-            overflow = count_nonfinite(y) - bad
-            if overflow > 0:
-                raise NonFiniteError(
-                    f"{overflow} finite weights are too large for {task.dtype} (largest magnitude "
-                    f"{float(np.abs(x.astype(np.float64)).max()):.6g}).",
-                    where=tensor.source.where,
-                    tensor=tensor.name,
-                    fix="use --dtype bf16 or f32.",
-                )
-            if _narrows(task, y):
-                read_dtype = task.narrow or read_dtype
-                output = TensorHasher(tensor.name, read_dtype, tensor.shape)
-            back = task.step.inverse(y, config, read_dtype) if task.step else _cast(y, read_dtype)
-            output.update(back)
-            changed += _differences(x, back)
-        _put(task, start, stop, y, write)
+    for start, stop, x in read_ahead(_blocks(task)):
+        hashed = meanwhile(partial(source.update, x))
+        with recycled():
+            bad = count_nonfinite(x)
+            nonfinite += bad
+            y = x
+            if task.changes:
+                y = _changed(task, x, bad)
+                if _narrows(task, y):
+                    read_dtype = task.narrow or read_dtype
+                    output = TensorHasher(tensor.name, read_dtype, tensor.shape)
+                step = task.step
+                back = step.inverse(y, config, read_dtype) if step else _cast(y, read_dtype)
+                output.update(back)
+                changed += _differences(x, back)
+            _put(task, start, stop, y, write)
+        hashed.result()
         progress(x.nbytes, tensor.name)
     dropped = digest(task.dropped) if task.dropped is not None else None
     if dropped is not None and task.refusal is not None and not is_zero(dropped):
         raise task.refusal
     return TaskRecord(entry(source), entry(output), changed, nonfinite, dropped, tensor.rounded)
+
+
+def _changed(task: Task, x: Array, bad: int) -> Array:
+    """The block as the target stores it; ``bad`` of its elements are not finite before."""
+    config = task.tensor.config
+    y = task.step.forward(x, config, task.dtype) if task.step else _cast(x, task.dtype)
+    overflow = count_nonfinite(y) - bad
+    if overflow > 0:
+        raise NonFiniteError(
+            f"{overflow} finite weights are too large for {task.dtype} (largest magnitude "
+            f"{float(np.abs(x.astype(np.float64)).max()):.6g}).",
+            where=task.tensor.source.where,
+            tensor=task.tensor.name,
+            fix="use --dtype bf16 or f32.",
+        )
+    return y
 
 
 def _narrows(task: Task, stored: Array) -> bool:
@@ -208,4 +223,9 @@ def run_tasks(
 
         return run
 
-    return run_all({t.tensor.name: job(t) for t in tasks}, workers, threading.Event())
+    records: dict[str, TaskRecord] = {}
+    # a tensor that is most of a file moves alone, so that its file is written, and hashed, nearly in order
+    for large, group in groupby(tasks, lambda t: t.tensor.nbytes > ALONE):
+        jobs = {t.tensor.name: job(t) for t in group}
+        records |= run_all(jobs, 1 if large else workers, threading.Event())
+    return records

@@ -41,12 +41,27 @@ class _Arena:
         return self.buffers[self.used - 1][:nbytes]
 
 
+class Memory:
+    """Memory of its own for a :func:`recycled` block, for steps that overlap within one thread."""
+
+    def __init__(self) -> None:
+        self.arena = _Arena()
+
+
 @contextmanager
-def recycled() -> Iterator[None]:
-    """Let this thread's :func:`empty` reuse memory until the block ends. Blocks may nest."""
+def recycled(memory: Memory | None = None) -> Iterator[None]:
+    """Let this thread's :func:`empty` reuse memory until the block ends. Blocks may nest.
+
+    Args:
+        memory: where from; default this thread's own.
+    """
     outer: _Arena | None = getattr(_local, "arena", None)
     arena: _Arena = outer or getattr(_local, "kept", None) or _Arena()
-    _local.arena = _local.kept = arena
+    if memory is None:
+        _local.kept = arena
+    else:
+        arena = memory.arena
+    _local.arena = arena
     mark = arena.used
     try:
         yield

@@ -17,7 +17,7 @@ from .crc32 import PiecewiseCrc32
 from .errors import ChecksumError, LimitError, printable
 from .files import InputFile
 
-_BLOCK = 1 << 20  # stays in cache between the copy and the checksum
+_BLOCK = 8 << 20  # one direct read
 
 
 class Record:

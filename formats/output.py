@@ -139,9 +139,9 @@ class Output:
         """Check the destination, take the lock, continue or create.
 
         Raises:
-            ConflictError: the destination exists, is a link, is of another kind or not g2kit's; LockedError: another
-                process writes it; ResumeError: an interrupted run of another plan is there.
-            UnsafePathError: input and output are not apart.
+            ConflictError: the destination exists, is a link, is of another kind or not g2kit's, or input and output are
+                not apart; LockedError: another process writes it; ResumeError: an interrupted run of another plan is
+                there.
             SpaceError: not enough room. FileIOError: the operating system refuses.
         """
         self.preflight()
@@ -160,7 +160,7 @@ class Output:
         """Everything that can be refused without writing; ``with`` begins with it.
 
         Raises:
-            ConflictError, UnsafePathError, SpaceError, FileIOError: as entering the ``with`` block does.
+            ConflictError, SpaceError, FileIOError: as entering the ``with`` block does.
         """
         stage, fs = self._stage, self._fs
         paths.check_names(stage.dst, self._files.sizes, stage.suffixes)
@@ -284,6 +284,8 @@ class Output:
                 data = part.reshape(-1).view(np.uint8).data
                 self._files.write(chunk.file, data, offset)
                 self._checksums.update(slot, offset, data)
+        if self._background:
+            self._hashes.keep_up()
         if self._files.fresh_bytes >= self._sync_bytes:
             self._syncer.wake()
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 
 from . import output_fs as ofs
 from .base import FilePlan
@@ -22,9 +22,11 @@ from .errors import LayoutError, ResumeError
 from .manifest import FileEntry
 from .output_paths import directories
 from .output_ranges import Ranges, Span
+from .output_recent import Recent
 
 _MAX_OPEN = 128
 _READ = 4 << 20
+_WAIT_SECONDS = 0.2
 _LOOK_AHEAD = 8  # files; writers follow the plan's order
 
 
@@ -61,6 +63,7 @@ class DataFiles:
         self._written = {f.name: Ranges() for f in files}
         self._fresh: dict[str, Ranges] = {}
         self.fresh_bytes = 0
+        self.recent = Recent()
 
     @property
     def directories(self) -> list[Path]:
@@ -145,6 +148,7 @@ class DataFiles:
         """Write a flat byte buffer."""
         with ofs.calls(f"write at byte {offset}", self.root / name), self._descriptor(name) as fd:
             ofs.write_all(self._fs, fd, data, offset)
+        self.recent.put(name, data, offset)
         with self._lock:  # only now: a sync that began before may not have caught these bytes
             self._written[name].add(offset, offset + len(data))
             self._fresh.setdefault(name, Ranges()).add(offset, offset + len(data))
@@ -198,6 +202,7 @@ class DataFiles:
 
     def close(self) -> None:
         """Close every descriptor; what is not durable yet stays so."""
+        self.recent.close()
         while self._open:
             ofs.close(self._fs, self._open.popitem()[1].fd)
 
@@ -220,6 +225,8 @@ class FileHashes:
     def __init__(self, files: DataFiles) -> None:
         self._files = files
         self._lock = Lock()
+        self._moved = Condition(self._lock)
+        self._busy = 0
         self._idle = deque(_Job(name, size) for name, size in files.sizes.items())
         self._entries: dict[str, FileEntry] = {}
 
@@ -229,17 +236,38 @@ class FileHashes:
         if job is None:
             return False
         try:
-            part = memoryview(bytearray(min(_READ, job.final - job.at)))
-            self._files.read(job.name, part, job.at)
-            job.hash.update(part)
-            job.at += len(part)
+            self._hash_next(job)
         finally:
             with self._lock:
                 if job.at == job.size:
                     self._entries[job.name] = FileEntry(job.size, job.hash.hexdigest())
                 else:
                     self._idle.appendleft(job)
+                self._busy -= 1
+                self._moved.notify_all()
         return True
+
+    def keep_up(self) -> None:
+        """Help, or wait for, the hashing of what was written lately, before it must be read back from the disk."""
+        while self._files.recent.full and not self.advance():
+            with self._lock:
+                if not (self._busy and self._moved.wait(_WAIT_SECONDS)):
+                    return  # what comes next in every file is not written yet
+
+    def _hash_next(self, job: _Job) -> None:
+        recent = self._files.recent
+        found = recent.take(job.name, job.at, job.final)
+        if found is not None:
+            start, piece = found
+            job.hash.update(piece[job.at - start :].data)
+            job.at = start + len(piece)
+            recent.back(piece)
+            return
+        stop = min(job.final, job.at + _READ, recent.next_start(job.name, job.at) or job.final)
+        part = memoryview(bytearray(stop - job.at))
+        self._files.read(job.name, part, job.at)
+        job.hash.update(part)
+        job.at = stop
 
     def _take(self) -> _Job | None:
         """The first of the next few files that has final bytes to hash."""
@@ -249,6 +277,7 @@ class FileHashes:
                 job.final, job.hint = self._files.final_until(job.name, job.at, job.hint)
                 if job.final > job.at or job.size == 0:
                     del self._idle[k]
+                    self._busy += 1
                     return job
         return None
 
