@@ -67,6 +67,12 @@ class TensorHasher:
             # reshape before view: a 0-d array has no axis to reinterpret as bytes
             self._hash.update(canonical.reshape(-1).view(np.uint8).data)
 
+    def fork(self) -> TensorHasher:
+        """A copy that has taken the same elements so far."""
+        other = TensorHasher(self.name, self.dtype, self.shape)
+        other._left, other._hash = self._left, self._hash.copy()
+        return other
+
     def hexdigest(self) -> str:
         """sha256 of the bytes, in hex.
 

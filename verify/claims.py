@@ -1,0 +1,471 @@
+"""What a comparison may claim, when, and by which rule: one table, judged on evidence that others measured.
+
+Thresholds are multiples of a measured noise floor or a budget the user chose. Where the evidence cannot decide, the verdict
+is INCONCLUSIVE and says what would settle it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..formats.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INPUT, EXIT_OK, UsageError
+from ..model.bootstrap import Interval
+from .identity import FUNCTION, NOTE, SIZE, USE, Identity
+from .weights import Row
+
+PASS, FAIL, INCONCLUSIVE, ERROR = "PASS", "FAIL", "INCONCLUSIVE", "ERROR"
+EXITS = {PASS: EXIT_OK, FAIL: EXIT_FAIL, INCONCLUSIVE: EXIT_INCONCLUSIVE, ERROR: EXIT_INPUT}
+_ORDER = (PASS, INCONCLUSIVE, FAIL, ERROR)
+EXACT = ("float32", "float64")  # compute types in which structural faults show
+# Stored bits per weight -> mean KL in nats that is taken to be usual. From llama.cpp's scoreboard (Llama 3 8B: q8_0 0.0014,
+# q6_K 0.0055, q5_K_M 0.011, q4_0 0.072), rounded up; --budget sets another.
+BUDGETS = ((16.0, 0.001), (8.0, 0.003), (6.0, 0.01), (5.0, 0.02), (4.0, 0.08), (3.0, 0.3), (0.0, 1.0))  # fmt: skip
+_LISTED = 4
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One number a verdict rests on.
+
+    Attributes:
+        metric: what it is.
+        value: measured.
+        interval: its 95 % interval, or None.
+        threshold: what it was held against, or None.
+        unit: of value and threshold.
+        source: where the threshold came from.
+    """
+
+    metric: str
+    value: float | None
+    interval: tuple[float, float] | None = None
+    threshold: float | None = None
+    unit: str = ""
+    source: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's row."""
+        interval = None if self.interval is None else list(self.interval)
+        return {**asdict(self), "interval": interval}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and its verdict.
+
+    Attributes:
+        id: ``W1`` to ``X1``.
+        title: what is claimed.
+        verdict: PASS, FAIL, INCONCLUSIVE or ERROR.
+        sentence: the verdict in words.
+        evidence: what it rests on.
+        missing: what would settle an INCONCLUSIVE.
+    """
+
+    id: str
+    title: str
+    verdict: str
+    sentence: str
+    evidence: tuple[Proof, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's object."""
+        return {
+            **asdict(self),
+            "evidence": [p.to_json() for p in self.evidence],
+            "missing": list(self.missing),
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What running both sides over the probes gave.
+
+    Attributes:
+        documents, positions: compared.
+        kl_max: largest KL of a position in nats; None without a finite one.
+        kl: mean KL of scored documents with its interval.
+        rms_max: largest RMS logit difference.
+        tv: mean total variation, the share of sampled tokens that change.
+        non_finite: where the first NaN or infinity is, as a sentence; None without one.
+        non_finite_side: ``reference`` or ``candidate``.
+        divergent: the first block beyond its floor, as a phrase; None where no block is, or none was measured.
+        block_error, block_threshold: largest relative error of a block's own, and what the floor allows it.
+    """
+
+    documents: int
+    positions: int
+    kl_max: float | None
+    kl: Interval
+    rms_max: float | None = None
+    tv: float | None = None
+    non_finite: str | None = None
+    non_finite_side: str | None = None
+    divergent: str | None = None
+    block_error: float | None = None
+    block_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Thresholds from noise floors.
+
+    Attributes:
+        kl_max, rms_max: k times, sqrt(k) times the floor; None where no estimator gave one.
+        source: in words, such as ``10 x floor (float64 run)``.
+    """
+
+    kl_max: float | None
+    rms_max: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything claims are judged on.
+
+    Attributes:
+        identity: of C0.
+        rows: the ledger; None where a side is a recording.
+        fingerprints: of reference and candidate, None where unknown.
+        dtypes: compute types of reference and candidate.
+        recorded: the reference is a recording.
+        quantized: the candidate's weights are packed.
+        bits: stored bits per weight of the candidate's narrowest matrices.
+        measured: reference against candidate; None where nothing was run.
+        limits: for ``measured``.
+        kernel: dequantized candidate against the kernel that serves it; None where none was run.
+        kernel_name: of that runner.
+        kernel_limits: for ``kernel``.
+        failed_checks: sentences of behaviour checks that failed.
+        uncovered: sentences on regimes that a claim about the function needs and the probes did not reach.
+        budget: allowed mean KL in nats.
+        budget_source: where it came from.
+    """
+
+    identity: Identity
+    rows: Sequence[Row] | None = None
+    fingerprints: tuple[str | None, str | None] = (None, None)
+    dtypes: tuple[str, str] = ("float32", "float32")
+    recorded: bool = False
+    quantized: bool = False
+    bits: float = 16.0
+    measured: Measured | None = None
+    limits: Limits | None = None
+    kernel: Measured | None = None
+    kernel_name: str = ""
+    kernel_limits: Limits | None = None
+    failed_checks: Sequence[str] = field(default_factory=tuple)
+    uncovered: Sequence[str] = field(default_factory=tuple)
+    budget: float = 0.0
+    budget_source: str = ""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the candidate's weights are meant to differ."""
+        return self.quantized or any(r.lossy for r in self.rows or ())
+
+    @property
+    def exact(self) -> bool:
+        """Whether both sides computed in a type that shows structural faults."""
+        return all(d in EXACT for d in self.dtypes)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of :data:`CLAIMS`: when a claim is made, and how it is judged."""
+
+    id: str
+    title: str
+    applies: Callable[[Evidence], bool]
+    judge: Callable[[Evidence, Rule], Claim]
+
+    def claim(
+        self,
+        verdict: str,
+        sentence: str,
+        evidence: Sequence[Proof] = (),
+        missing: Sequence[str] = (),
+    ) -> Claim:
+        """A claim of this row."""
+        return Claim(self.id, self.title, verdict, sentence, tuple(evidence), tuple(missing))
+
+
+def judge(evidence: Evidence) -> list[Claim]:
+    """Every claim that applies, in the table's order."""
+    return [rule.judge(evidence, rule) for rule in CLAIMS if rule.applies(evidence)]
+
+
+def overall(claims: Sequence[Claim]) -> str:
+    """The worst verdict; INCONCLUSIVE where nothing was claimed."""
+    verdicts = [c.verdict for c in claims] or [INCONCLUSIVE]
+    return max(verdicts, key=_ORDER.index)
+
+
+def budget_of(bits: float, wanted: float | str | None = None) -> tuple[float, str]:
+    """Mean KL in nats allowed to a candidate, and where that comes from.
+
+    Args:
+        bits: stored bits per weight.
+        wanted: the user's; None for the preset of that many bits.
+
+    Raises:
+        UsageError: not a positive number.
+    """
+    if wanted is None:
+        preset = next(b for b in BUDGETS if bits >= b[0])
+        return preset[1], f"preset for {preset[0]:g} bits and more"
+    try:
+        value = float(wanted)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise UsageError(
+            f"the budget is {wanted!r}, expected a positive number: mean KL in nats.",
+            fix="for example --budget 0.01; leave it out for the preset of the candidate's bits.",
+        )
+    return value, "--budget"
+
+
+# ---------------------------------------------------------------- weights and identity
+
+
+def _w1(e: Evidence, rule: Rule) -> Claim:
+    if e.rows is None:
+        return _w1_by_fingerprint(e, rule)
+    rows = [r for r in e.rows if not r.lossy]
+    bad = [r for r in rows if r.verdict != PASS]
+    proof = [Proof("tensors equal bit for bit", len(rows) - len(bad), threshold=len(rows), unit="tensors",
+                   source="no tolerance")]  # fmt: skip
+    if bad:
+        return rule.claim(FAIL, f"{len(bad)} of {len(rows)} tensors differ: {_named(bad)}.", proof)
+    rest = len(e.rows) - len(rows)
+    wide = sum(r.reference_dtype != r.candidate_dtype for r in rows)
+    text = f"{len(rows)} of {len(rows)} tensors are the same, bit for bit"
+    text += f" ({wide} in another type that holds the same values)" if wide else ""
+    text += f"; {rest} more were changed on purpose (W2)" if rest else ""
+    return rule.claim(PASS, f"{text}.", proof)
+
+
+def _w1_by_fingerprint(e: Evidence, rule: Rule) -> Claim:
+    a, b = e.fingerprints
+    if a is None or b is None:
+        return rule.claim(
+            INCONCLUSIVE, "A fingerprint is missing, so the weights could not be compared.",
+            missing=["record the reference again with its fingerprint"],
+        )  # fmt: skip
+    if a == b:
+        return rule.claim(PASS, f"Fingerprints are equal: the recorded weights, bit for bit ({a}).")
+    return rule.claim(FAIL, f"Fingerprints differ: {a} was recorded, the candidate is {b}.")
+
+
+def _w2(e: Evidence, rule: Rule) -> Claim:
+    rows = [r for r in e.rows or () if r.lossy]
+    bad = [r for r in rows if r.verdict != PASS]
+    errors = [r.relative_error for r in rows if r.relative_error is not None]
+    steps = [r.max_steps for r in rows if r.max_steps is not None]
+    proof = [
+        Proof(
+            "tensors within their bound",
+            len(rows) - len(bad),
+            None,
+            len(rows),
+            "tensors",
+            "analytic",
+        ),
+        Proof("relative error, largest", max(errors, default=0.0)),
+        Proof("error in steps, largest", max(steps, default=0.0), unit="steps"),
+    ]
+    if bad:
+        text = (
+            f"{len(bad)} of {len(rows)} changed tensors are further off than their format explains"
+        )
+        return rule.claim(FAIL, f"{text}: {_named(bad)}.", proof)
+    text = f"{len(rows)} changed tensors are within the bounds of their formats"
+    return rule.claim(
+        PASS, f"{text}; largest relative error {max(errors, default=0.0):.2g}.", proof
+    )
+
+
+def _named(rows: Sequence[Row]) -> str:
+    shown = [f"{r.name} ({r.note or r.bound})" for r in rows[:_LISTED]]
+    more = len(rows) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def _c0(e: Evidence, rule: Rule) -> Claim:
+    found = e.identity
+    size, wrong = found.of(SIZE), found.of(FUNCTION, USE)
+    what = f"{found.fields} configuration fields"
+    what += f" and {found.pieces} tokenizer pieces" if found.pieces is not None else ""
+    proof = [Proof("differences", len(size) + len(wrong), None, 0, "", "no tolerance")]
+    if size:
+        text = f"The two are different models: {_listed(size)}"
+        return rule.claim(ERROR, f"{text}. Compare two checkpoints of one model.", proof)
+    if wrong:
+        text = f"{len(wrong)} differences (reference / candidate): {_listed(wrong)}"
+        return rule.claim(FAIL, f"{text}.", proof)
+    notes = found.of(NOTE)
+    tail = f" Not counted: {_listed(notes)}." if notes else ""
+    return rule.claim(PASS, f"{what} are the same.{tail}", proof)
+
+
+def _listed(found: Sequence[Any]) -> str:
+    shown = "; ".join(str(d) for d in found[: 2 * _LISTED])
+    return shown + (f"; and {len(found) - 2 * _LISTED} more" if len(found) > 2 * _LISTED else "")
+
+
+# ---------------------------------------------------------------- function
+
+
+def _non_finite(m: Measured, rule: Rule) -> Claim | None:
+    if m.non_finite is None:
+        return None
+    return rule.claim(FAIL, f"NaN or infinity: {m.non_finite}.")
+
+
+def _same_function(e: Evidence, rule: Rule) -> Claim:
+    """L1, L2, X1: within the noise floor, on evidence that covers the model."""
+    m, limits = e.measured, e.limits
+    assert m is not None
+    return _within_floor(m, limits, rule, _WORDS[rule.id], e.failed_checks, e.uncovered)
+
+
+_WORDS = {
+    "L1": "as the same function does in float32",
+    "L2": "as rounding in the compute type explains",
+    "X1": "as two machines with these noise floors may",
+    "Q2": "as a correct kernel may",
+}
+
+
+def _within_floor(
+    m: Measured,
+    limits: Limits | None,
+    rule: Rule,
+    words: str,
+    failed: Sequence[str] = (),
+    uncovered: Sequence[str] = (),
+) -> Claim:
+    bad = _non_finite(m, rule)
+    if bad is not None:
+        return bad
+    proof = _proofs(m, limits)
+    over = [
+        p
+        for p in proof
+        if p.threshold is not None and p.value is not None and p.value > p.threshold
+    ]
+    if over:
+        worst = over[0]
+        text = f"{worst.metric} is {worst.value:.2g}, {worst.source} allows {worst.threshold:.2g}"
+        place = f"; the first block to differ is {m.divergent}" if m.divergent else ""
+        return rule.claim(FAIL, f"{text}{place}.", proof)
+    if failed:
+        return rule.claim(FAIL, " ".join(failed), proof)
+    missing = list(uncovered)
+    if limits is None or limits.kl_max is None:
+        missing.insert(0, "a noise floor: none could be measured for this runner and type")
+    if m.kl_max is None:
+        missing.insert(0, "at least one position with finite logits")
+    if missing:
+        return rule.claim(INCONCLUSIVE, "The evidence does not cover the model.", proof, missing)
+    text = f"Over {m.positions} positions of {m.documents} sequences the two differ no more than {words}"
+    return rule.claim(PASS, f"{text}: largest KL {m.kl_max:.2g} nats.", proof)
+
+
+def _proofs(m: Measured, limits: Limits | None) -> list[Proof]:
+    source = limits.source if limits else "no floor"
+    proof = [
+        Proof("KL, maximum", m.kl_max, None, limits.kl_max if limits else None, "nats", source),
+        Proof("RMS logit difference, maximum", m.rms_max, None, limits.rms_max if limits else None, "", source),
+    ]  # fmt: skip
+    if m.block_error is not None:
+        proof.append(
+            Proof(
+                "a block's own relative error, maximum",
+                m.block_error,
+                None,
+                m.block_threshold,
+                "",
+                source,
+            )
+        )
+    return proof
+
+
+def _q1(e: Evidence, rule: Rule) -> Claim:
+    m = e.measured
+    assert m is not None
+    bad = _non_finite(m, rule)
+    if bad is not None:
+        return bad
+    if e.failed_checks:
+        return rule.claim(FAIL, " ".join(e.failed_checks))
+    i = m.kl
+    interval = None if i.low is None or i.high is None else (i.low, i.high)
+    proof = [Proof("KL, mean", i.estimate, interval, e.budget, "nats", e.budget_source)]
+    if m.tv is not None:
+        proof.append(Proof("sampled tokens that change", m.tv, unit="share"))
+    if interval is None or i.estimate is None:
+        why = i.reason or "there are no positions"
+        return rule.claim(
+            INCONCLUSIVE, f"There is no interval for the mean KL: {why}.", proof,
+            ["more documents: the ci profile, or --text with a longer file"],
+        )  # fmt: skip
+    low, high = interval
+    what = f"mean KL {i.estimate:.3g} [{low:.3g}, {high:.3g}] nats over {i.documents} documents"
+    if low > e.budget:
+        return rule.claim(FAIL, f"{what}; the budget is {e.budget:g} ({e.budget_source}).", proof)
+    if high < e.budget:
+        share = f"; {100 * m.tv:.2g} % of sampled tokens change" if m.tv is not None else ""
+        return rule.claim(PASS, f"{what}, within the budget of {e.budget:g}{share}.", proof)
+    more = more_documents(i, e.budget)
+    text = f"{what} spans the budget of {e.budget:g}"
+    return rule.claim(INCONCLUSIVE, f"{text}.", proof, [f"about {more} more documents"])
+
+
+def more_documents(interval: Interval, budget: float) -> int:
+    """Documents that would be needed besides, the interval shrinking as one over the root of their number."""
+    assert interval.low is not None
+    assert interval.high is not None
+    assert interval.estimate is not None
+    half = max(interval.high - interval.estimate, interval.estimate - interval.low)
+    gap = max(abs(interval.estimate - budget), 0.05 * budget)
+    return max(1, math.ceil(interval.documents * ((half / gap) ** 2 - 1)))
+
+
+def _q2(e: Evidence, rule: Rule) -> Claim:
+    if e.kernel is None:
+        return rule.claim(
+            INCONCLUSIVE, "No kernel was run on the packed weights.",
+            missing=["name the runner that serves them with --cand-runner, such as llama_cpp"],
+        )  # fmt: skip
+    return _within_floor(e.kernel, e.kernel_limits, rule, f"{_WORDS['Q2']} ({e.kernel_name})")
+
+
+def _ran(e: Evidence) -> bool:
+    return e.measured is not None
+
+
+CLAIMS: tuple[Rule, ...] = (
+    Rule("W1", "The weights are the same, bit for bit",
+         lambda e: any(not r.lossy for r in e.rows) if e.rows is not None else not e.quantized, _w1),
+    Rule("W2", "Changed weights are as close as their format allows",
+         lambda e: any(r.lossy for r in e.rows or ()), _w2),
+    Rule("C0", "The configuration and the tokenizer are the same", lambda e: True, _c0),
+    Rule("L1", "Both compute the same function (float32)",
+         lambda e: _ran(e) and e.exact and not e.lossy and not e.recorded, _same_function),
+    Rule("L2", "Both compute the same as deployed",
+         lambda e: _ran(e) and not e.exact and not e.lossy and not e.recorded, _same_function),
+    Rule("Q1", "What changing the weights costs is within the budget",
+         lambda e: _ran(e) and e.lossy, _q1),
+    Rule("Q2", "The kernel computes what its weights say",
+         lambda e: e.kernel is not None, _q2),
+    Rule("X1", "This machine computes what was recorded",
+         lambda e: _ran(e) and e.recorded and not e.lossy, _same_function),
+)  # fmt: skip

@@ -1,0 +1,524 @@
+"""W1 and W2: every canonical tensor of two checkpoints side by side, streamed, bits first and arithmetic only where they differ.
+
+A row of the ledger is a tensor. Its rule follows from how the candidate holds it:
+
+- the same type: equal bits, no tolerance (W1);
+- a wider type: the same values (W1);
+- a narrower type, or an arithmetic step of the format (1 + w, a folded scale): the correctly rounded value, so at most
+  half a unit in the last place of the stored number (W2);
+- fewer bits: RMS error within half a quantization step (uniform rounding errors have 0.29; error compensation such as
+  GPTQ's stays below 0.5), no row beyond one step (W2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..convert.digest import count_nonfinite, is_zero, run_all
+from ..convert.open import Checkpoint, LazyTensor
+from ..formats.base import iter_row_blocks
+from ..formats.dtypes import short
+from ..formats.errors import NonFiniteError
+from ..formats.fingerprint import TensorHasher, fingerprint, leaf
+from ..formats.manifest import TensorEntry
+from ..model import canonical
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Progress = Callable[[int, str], None]
+
+EQUAL, WIDENED, NARROWED, STEP, QUANTIZED = "equal", "widened", "narrowed", "step", "quantized"
+LOSSLESS = (EQUAL, WIDENED)
+HALF_STEP, ROW_STEPS = 0.5, 1.0
+_SLACK = 1e-3  # of a step: a format's own float32 arithmetic is rounded before the number is
+BLOCK_BYTES = 4 << 20  # of a tensor at a time; where bits differ, a dozen times that in float64
+MANTISSA = {"bf16": (7, -126), "f16": (10, -14), "f32": (23, -126), "f64": (52, -1022)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the ledger.
+
+    Attributes:
+        name: canonical name.
+        shape: canonical shape.
+        reference_dtype, candidate_dtype: g2kit's short names, or the packed type's; None where the side lacks it.
+        rule: ``equal``, ``widened``, ``narrowed``, ``step`` or ``quantized``.
+        verdict: ``PASS`` or ``FAIL``.
+        equal, different: elements with the same, another value.
+        hash, reference_hash: sha256 of the canonical bytes of the candidate, the reference.
+        leaf, reference_leaf: what the fingerprints are made of.
+        sqnr_db: signal to error, None where nothing differs.
+        relative_error: RMS error over RMS of the reference, None where nothing differs.
+        max_steps: largest error in units of ``bound``'s step.
+        bound: the rule in words.
+        note: what else is to be said.
+        nonfinite: NaN and infinite elements of the candidate.
+        reference_nonfinite: those of the reference.
+        zero_rows: rows of a matrix that are all zero in the candidate.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reference_dtype: str | None
+    candidate_dtype: str | None
+    rule: str
+    verdict: str
+    equal: int
+    different: int
+    hash: str | None = None
+    reference_hash: str | None = None
+    leaf: str | None = None
+    reference_leaf: str | None = None
+    sqnr_db: float | None = None
+    relative_error: float | None = None
+    max_steps: float | None = None
+    bound: str = "equal bits"
+    note: str = ""
+    nonfinite: int = 0
+    reference_nonfinite: int = 0
+    zero_rows: int = 0
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the mapping changed values as it was meant to, so that W2 and not W1 judges it."""
+        return self.rule not in LOSSLESS and (self.different > 0 or self.verdict != "PASS")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Row:
+        """Inverse of :meth:`to_json`."""
+        return Row(**{**data, "shape": tuple(data["shape"])})
+
+
+def compare_weights(
+    ref: Checkpoint,
+    cand: Checkpoint,
+    *,
+    progress: Progress = lambda nbytes, name: None,
+    part: tuple[int, int] = (0, 1),
+) -> list[Row]:
+    """The ledger, one row per tensor of either side, in forward order.
+
+    Args:
+        ref: the reference.
+        cand: the candidate, of the same sizes.
+        progress: told of bytes read.
+        part: ``(i, n)``: only every n-th tensor from the i-th on.
+    """
+    names = [*ref.tensors, *(n for n in cand.tensors if n not in ref.tensors)]
+
+    def job(name: str) -> Callable[[], Row]:
+        def work() -> Row:
+            one, two = ref.tensors.get(name), cand.tensors.get(name)
+            if one is None or two is None:
+                return _one_sided(name, one, two)
+            if one.shape != two.shape:  # only rows past the vocabulary may be differently many
+                return _other_shape(one, two)
+            return compare_tensor(one, two, progress)
+
+        return work
+
+    rows = run_all({n: job(n) for n in names[part[0] :: part[1]]})
+    return list(rows.values())
+
+
+def fingerprints(rows: list[Row]) -> tuple[str | None, str | None]:
+    """Fingerprints of reference and candidate; None where a tensor could not be hashed."""
+    sides: list[str | None] = []
+    for side in ("reference_leaf", "leaf"):
+        dtype = "reference_dtype" if side == "reference_leaf" else "candidate_dtype"
+        there = [r for r in rows if getattr(r, dtype) is not None]
+        found = {r.name: getattr(r, side) for r in there if getattr(r, side) != _NO_LEAF}
+        sides.append(None if None in found.values() else fingerprint(found))
+    return sides[0], sides[1]
+
+
+_NO_LEAF = "zero padding"  # rows past the vocabulary that carry nothing
+
+
+def compare_tensor(ref: LazyTensor, cand: LazyTensor, progress: Progress) -> Row:
+    """One tensor of both sides."""
+    try:
+        return _Pair(ref, cand).run(progress)
+    except NonFiniteError as e:  # packed weights name the damaged block
+        rule = _rule(ref, cand)
+        size = math.prod(ref.shape)
+        return Row(
+            ref.name, ref.shape, _dtype(ref), _dtype(cand), rule, "FAIL", 0, size, note=str(e), nonfinite=1
+        )  # fmt: skip
+
+
+def _dtype(tensor: LazyTensor) -> str:
+    packed = tensor.source.quantized
+    return short(tensor.dtype) if packed is None else str(tensor.source.stored)
+
+
+def _rule(ref: LazyTensor, cand: LazyTensor) -> str:
+    """How the candidate holds the tensor, seen from the reference."""
+    if cand.source.quantized is not None and not _same_packing(ref, cand):
+        return QUANTIZED
+    if cand.step is not None and (ref.step is None or ref.step != cand.step):
+        return STEP
+    if ref.dtype == cand.dtype:
+        return EQUAL
+    exact = _exponents(cand.dtype) >= _exponents(ref.dtype) and _bits(cand.dtype) >= _bits(
+        ref.dtype
+    )
+    return WIDENED if exact else NARROWED
+
+
+def _same_packing(ref: LazyTensor, cand: LazyTensor) -> bool:
+    a, b = ref.source.quantized, cand.source.quantized
+    return a is not None and b is not None and a.kind == b.kind
+
+
+def _bits(dtype: np.dtype[Any]) -> int:
+    return MANTISSA[short(dtype)][0]
+
+
+def _exponents(dtype: np.dtype[Any]) -> int:
+    return -MANTISSA[short(dtype)][1]
+
+
+class _Pair:
+    """One tensor while both sides are read."""
+
+    def __init__(self, ref: LazyTensor, cand: LazyTensor) -> None:
+        self.ref, self.cand = ref, cand
+        self.rule = _rule(ref, cand)
+        self.hashers = [TensorHasher(t.name, t.dtype, t.shape) for t in (ref, cand)]
+        self.alike = ref.dtype == cand.dtype  # so far: then one hash is enough
+        self.same_type = ref.dtype == cand.dtype
+        self.different = self.bad = self.bad_ref = self.zero_rows = self.common_zero = 0
+        self.first_bad: int | None = None
+        self.first_different: int | None = None
+        self.signal: list[float] = []
+        self.error: list[float] = []
+        self.squared_step: list[float] = []
+        self.max_steps = self.worst_row = 0.0
+        self.worst_row_at = 0
+        self.plus_one = 0
+        self.shifts: set[int] = set()
+        self.unread = False  # equal blocks are no part of ``signal`` yet
+
+    def run(self, progress: Progress) -> Row:
+        for start, a, b in row_pairs(self.ref, self.cand):
+            self._add(start, a, b)
+            progress(a.nbytes + b.nbytes, self.ref.name)
+        return self._row()
+
+    def _add(self, start: int, a: Array, b: Array) -> None:
+        at = start * math.prod(self.ref.shape[1:])
+        equal = self.same_type and _equal_bits(a, b)
+        if self.alike and not equal:
+            self.alike, self.hashers[1] = False, self.hashers[0].fork()
+        self.hashers[0].update(a)
+        if not self.alike:
+            self.hashers[1].update(b)
+        self._nonfinite(a, b, at, equal)
+        self.zero_rows += _zero_rows(b)
+        if equal:
+            self.unread = True
+            return
+        self.shifts.add(_shift(a, b))
+        wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            d = wide_b - wide_a
+        unequal = _unequal(a, b, self.same_type, wide_a, wide_b)
+        count = int(np.count_nonzero(unequal))
+        if count and self.first_different is None:
+            self.first_different = at + int(np.argmax(unequal.reshape(-1)))
+        self.different += count
+        finite = np.isfinite(d)
+        d = np.where(finite, d, 0.0)
+        self.signal.append(_square(np.where(finite, wide_a, 0.0)))
+        self.error.append(_square(d))
+        if len(self.ref.shape) == 1:
+            self.plus_one += int(np.count_nonzero(np.abs(d - 1.0) <= 2.0**-7))
+        if count:
+            self._steps(start, a, wide_a, b, d)
+
+    def _nonfinite(self, a: Array, b: Array, at: int, equal: bool) -> None:
+        bad = count_nonfinite(b)
+        bad_ref = bad if equal else count_nonfinite(a)
+        if bad and self.first_bad is None:
+            self.first_bad = at + int(np.argmin(np.isfinite(b.astype(np.float32)).reshape(-1)))
+        self.bad += bad
+        self.bad_ref += bad_ref
+
+    def _steps(self, start: int, a: Array, wide: Array, b: Array, d: Array) -> None:
+        """Errors in units of the rule's step."""
+        if self.rule == QUANTIZED:
+            self._quantized_steps(start, wide, d)
+        elif self.rule == STEP:
+            # compared as stored: the reference put through the step, and what is there put through it again
+            step, config = self.cand.step, self.cand.config
+            assert step is not None
+            kind = self.cand.source.dtype
+            have = step.forward(b, config, kind).astype(np.float64)
+            exact = a.astype(np.float64) * step.factor(config) + step.offset
+            self._most(np.abs(have - exact) / _ulp(exact, short(kind)))
+        elif self.rule == NARROWED:
+            self._most(np.abs(d) / _ulp(wide, short(self.cand.dtype)))
+        else:
+            self._most(np.abs(d) / _ulp(wide, short(self.ref.dtype)))
+
+    def _most(self, steps: Array) -> None:
+        if steps.size:
+            self.max_steps = max(self.max_steps, float(np.nanmax(steps)))
+
+    def _quantized_steps(self, start: int, wide: Array, d: Array) -> None:
+        step = quantization_step(self.cand, wide)
+        grouped = d.reshape(*step.shape[:-1], -1)  # step has a last axis of 1
+        with np.errstate(invalid="ignore", divide="ignore"):
+            steps = np.where(step > 0, np.abs(grouped) / step, np.where(grouped == 0, 0.0, np.inf))
+        self._most(np.where(np.isfinite(steps), steps, 1e9))
+        width = grouped.shape[-1]
+        self.squared_step.append(_square(step) * width)
+        rows = len(d) if d.ndim > 1 else 1
+        error = np.square(grouped).reshape(rows, -1).sum(1)
+        allowed = (np.square(step) * width).reshape(rows, -1).sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.sqrt(np.where(allowed > 0, error / allowed, np.where(error > 0, 1e18, 0.0)))
+        worst = int(np.argmax(ratio))
+        if ratio[worst] > self.worst_row:
+            self.worst_row, self.worst_row_at = float(ratio[worst]), start + worst
+
+    def _row(self) -> Row:
+        size = math.prod(self.ref.shape)
+        if self.different and self.unread:
+            self.signal = [_square(rows) for _, _, rows in self.ref.blocks(BLOCK_BYTES)]
+        signal, error = math.fsum(self.signal), math.fsum(self.error)
+        verdict, bound, note = self._judge()
+        digests = [self.hashers[0].hexdigest()]
+        digests.append(digests[0] if self.alike else self.hashers[1].hexdigest())
+        leaves = [_leaf(t, d) for t, d in zip((self.ref, self.cand), digests, strict=True)]
+        return Row(
+            self.ref.name, self.ref.shape, _dtype(self.ref), _dtype(self.cand), self.rule, verdict,
+            size - self.different, self.different, digests[1], digests[0], leaves[1], leaves[0],
+            10 * math.log10(signal / error) if error > 0 and signal > 0 else None,
+            math.sqrt(error / signal) if self.different and signal > 0 else None,
+            self.max_steps if self.different else None, bound, note, self.bad, self.bad_ref, self.zero_rows,
+        )  # fmt: skip
+
+    def _judge(self) -> tuple[str, str, str]:
+        """Verdict, bound and note."""
+        if self.bad:
+            assert self.first_bad is not None
+            where = _place(self.first_bad, self.ref.shape)
+            note = f"{self.bad} elements are NaN or infinite, the first at {where}"
+            if self.bad_ref == 0 and self.rule == NARROWED:
+                note += f"; the reference's values overflow {short(self.cand.dtype)}"
+            return "FAIL", BOUNDS[self.rule], note
+        return _JUDGES[self.rule](self)
+
+
+BOUNDS = {
+    EQUAL: "equal bits",
+    WIDENED: "equal values",
+    NARROWED: "at most 0.5 units in the last place of the narrower type",
+    STEP: "at most 0.5 units in the last place of the stored number",
+    QUANTIZED: "RMS at most 0.5 quantization steps, no row above 1",
+}
+
+
+def _judge_equal(p: _Pair) -> tuple[str, str, str]:
+    if not p.different:
+        return "PASS", BOUNDS[p.rule], "" if p.rule == EQUAL else "the same values in a wider type"
+    assert p.first_different is not None
+    note = f"first difference at {_place(p.first_different, p.ref.shape)}"
+    if p.shifts in ({1}, {-1}):
+        note = f"every row stands one too {'low' if p.shifts == {1} else 'high'}"
+    if p.plus_one == math.prod(p.ref.shape):
+        note = "every element is larger by exactly 1: the norm's offset was added once too often"
+    return "FAIL", BOUNDS[p.rule], note
+
+
+def _judge_rounded(p: _Pair) -> tuple[str, str, str]:
+    how = f" ({p.cand.placement.step})" if p.rule == STEP else ""
+    if p.max_steps <= 0.5 + _SLACK:
+        note = f"{p.different} elements rounded{how}" if p.different else f"nothing rounded{how}"
+        return "PASS", BOUNDS[p.rule], note
+    assert p.first_different is not None
+    at = _place(p.first_different, p.ref.shape)
+    return "FAIL", BOUNDS[p.rule], f"not the rounded reference{how}; first difference at {at}"
+
+
+def _judge_quantized(p: _Pair) -> tuple[str, str, str]:
+    allowed = math.fsum(p.squared_step)
+    rms = math.sqrt(math.fsum(p.error) / allowed) if allowed > 0 else 0.0
+    note = f"RMS error {rms:.2f} steps, worst row {p.worst_row_at} with {p.worst_row:.2f}"
+    good = rms <= HALF_STEP and p.worst_row <= ROW_STEPS
+    if p.different and p.max_steps > 1 + _SLACK:
+        note += "; some weights are off by more than a step (clipped or compensated)"
+    return "PASS" if good else "FAIL", BOUNDS[QUANTIZED], note
+
+
+_JUDGES: dict[str, Callable[[_Pair], tuple[str, str, str]]] = {
+    EQUAL: _judge_equal,
+    WIDENED: _judge_equal,
+    NARROWED: _judge_rounded,
+    STEP: _judge_rounded,
+    QUANTIZED: _judge_quantized,
+}
+
+
+def quantization_step(tensor: LazyTensor, reference: Array) -> Array:
+    """The step a uniform quantizer of as many bits would have, per group of the reference.
+
+    A group's step is ``2 max|w| / (2^bits - 1)`` with the packed type's code bits, for groups as long as the type's
+    blocks (a whole row where it does not say, or where rows are stored in another order).
+
+    Args:
+        tensor: the packed tensor.
+        reference: rows ``[rows, in]`` float64 of what was quantized.
+
+    Returns:
+        ``[rows, groups, 1]``.
+    """
+    packed = tensor.source.quantized
+    assert packed is not None
+    width = reference.shape[-1]
+    group = getattr(packed, "group_size", None) or getattr(
+        getattr(packed, "block", None), "weights", width
+    )
+    if not tensor.streams_rows or width % group:
+        group = width
+    levels = 2 ** max(1, int(packed.bits)) - 1
+    groups = np.abs(reference).reshape(-1, width // group, group)
+    return np.asarray(2 * groups.max(-1, keepdims=True) / levels)
+
+
+def row_pairs(ref: LazyTensor, cand: LazyTensor) -> Iterator[tuple[int, Array, Array]]:
+    """``(first row, reference's rows, candidate's rows)``; a side that cannot be read by rows is read once."""
+    whole = [t.read() if not t.streams_rows else None for t in (ref, cand)]
+    itemsize = max(t.source.dtype.itemsize for t in (ref, cand))
+    for start, stop in iter_row_blocks(ref.shape, itemsize, BLOCK_BYTES):
+        a, b = (
+            t.read_rows(start, stop) if w is None else np.ascontiguousarray(w[start:stop])
+            for t, w in zip((ref, cand), whole, strict=True)
+        )
+        yield start, a, b
+
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _bits_of(x: Array) -> Array:
+    return x.view(_UNSIGNED[x.dtype.itemsize])
+
+
+def _equal_bits(a: Array, b: Array) -> bool:
+    return bool(np.array_equal(_bits_of(a), _bits_of(b)))
+
+
+def _unequal(a: Array, b: Array, same_type: bool, wide_a: Array, wide_b: Array) -> Array:
+    """Elements whose bits differ; across types, whose values or signs do."""
+    if same_type:
+        return np.asarray(_bits_of(a) != _bits_of(b))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((wide_a != wide_b) | (np.signbit(wide_a) != np.signbit(wide_b)))
+
+
+def _shift(a: Array, b: Array) -> int:
+    """1 or -1 where a matrix holds the reference's rows one further down or up, else 0."""
+    if a.ndim < 2 or len(a) < 3 or a.dtype != b.dtype:
+        return 0
+    if _equal_bits(a[:-1], b[1:]):
+        return 1
+    return -1 if _equal_bits(a[1:], b[:-1]) else 0
+
+
+def _leaf(tensor: LazyTensor, digest: str) -> str:
+    """The tensor's leaf; rows past the vocabulary that are all zero carry nothing and have none."""
+    entry = TensorEntry(short(tensor.dtype), tensor.shape, digest)
+    if tensor.name == canonical.EMBED_PADDING and is_zero(entry):
+        return _NO_LEAF
+    return leaf(tensor.name, entry.dtype, entry.shape, digest)
+
+
+def _square(x: Array) -> float:
+    return float(np.vdot(x, x)) if x.dtype == np.float64 else _square(x.astype(np.float64))
+
+
+def _zero_rows(x: Array) -> int:
+    return int(np.count_nonzero(~x.any(axis=1))) if x.ndim > 1 else 0
+
+
+def _ulp(x: Array, dtype: str) -> Array:
+    """Unit in the last place of ``x`` in a type, subnormals included."""
+    bits, lowest = MANTISSA[dtype]
+    exponent = np.frexp(np.abs(x))[1] - 1
+    return np.asarray(np.ldexp(1.0, np.maximum(exponent, lowest) - bits))
+
+
+def _place(flat: int, shape: tuple[int, ...]) -> str:
+    return str([int(i) for i in np.unravel_index(flat, shape)])
+
+
+def _one_sided(name: str, ref: LazyTensor | None, cand: LazyTensor | None) -> Row:
+    """Embedding rows past the vocabulary that one side does not keep."""
+    there = ref or cand
+    assert there is not None
+    data = there.read()
+    zero = not bool(_bits_of(data).any())
+    digest = hashlib.sha256(np.ascontiguousarray(data).view(np.uint8).tobytes()).hexdigest()
+    mark = _leaf(there, digest)
+    missing = "candidate" if cand is None else "reference"
+    what = "all zero" if zero else "not all zero"
+    return Row(
+        name, there.shape,
+        None if ref is None else _dtype(ref), None if cand is None else _dtype(cand),
+        EQUAL, "PASS" if zero else "FAIL", 0, 0 if zero else data.size,
+        None if cand is None else digest, None if ref is None else digest,
+        None if cand is None else mark, None if ref is None else mark,
+        note=f"rows past the vocabulary, {what}, that the {missing} does not keep; no token reaches them",
+    )  # fmt: skip
+
+
+def _other_shape(ref: LazyTensor, cand: LazyTensor) -> Row:
+    one, two = _one_sided(ref.name, ref, None), _one_sided(ref.name, None, cand)
+    return replace(
+        one, candidate_dtype=two.candidate_dtype, hash=two.hash, leaf=two.leaf,
+        different=one.different + two.different,
+        verdict="PASS" if one.verdict == two.verdict == "PASS" else "FAIL",
+        note=f"shape {list(ref.shape)} in the reference, {list(cand.shape)} in the candidate",
+    )  # fmt: skip
+
+
+def findings(rows: list[Row]) -> list[Row]:
+    """The rows with notes that need all of them: tensors that hold another one's content, copies, zero rows."""
+    theirs, ours = (
+        _names_by([(r.reference_hash, r) for r in rows]),
+        _names_by([(r.hash, r) for r in rows]),
+    )
+    out = []
+    for r in rows:
+        notes = [r.note] if r.note else []
+        elsewhere = [n for n in theirs.get(r.hash or "", []) if n != r.name]
+        if r.verdict == "FAIL" and elsewhere:
+            notes.append(f"holds what the reference has as {elsewhere[0]}")
+        twins = [n for n in ours.get(r.hash or "", []) if n != r.name]
+        if twins and not set(twins) <= set(theirs.get(r.reference_hash or "", [])):
+            notes.append(f"the same bits as {twins[0]}")
+        if r.zero_rows:
+            notes.append(f"{r.zero_rows} rows are all zero")
+        out.append(replace(r, note="; ".join(notes)))
+    return out
+
+
+def _names_by(pairs: list[tuple[str | None, Row]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for digest, row in pairs:
+        if digest is not None:
+            found.setdefault(digest, []).append(row.name)
+    return found
