@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,8 @@ def test_a_piece_is_given_once_and_only_whole():
     assert recent.take("f", 500, 100_499) is None  # its last byte is not final yet
     assert recent.take("g", 500, 1 << 30) is None
     start, piece = recent.take("f", 600, 100_500)
-    assert start == 500 and np.array_equal(piece, data)
+    assert start == 500
+    assert np.array_equal(piece, data)
     assert recent.take("f", 600, 100_500) is None
     recent.back(piece)
 
@@ -32,7 +34,8 @@ def test_the_oldest_go_first_and_memory_is_bounded():
     for k in range(5):
         assert recent.full == (k >= 2)
         recent.put("f", block.data, k * PIECE)
-    assert recent.take("f", 0, 1 << 30) is None and recent.next_start("f", 0) == 3 * PIECE
+    assert recent.take("f", 0, 1 << 30) is None
+    assert recent.next_start("f", 0) == 3 * PIECE
     assert recent.take("f", 4 * PIECE, 1 << 30) is not None
 
 
@@ -72,10 +75,12 @@ def test_reading_ahead_gives_every_block_and_raises_where_reading_does():
         raise ValueError("damaged")
 
     seen = []
-    try:
+
+    def read():
         for x in read_ahead(blocks()):
             assert (x == len(seen)).all()
             seen.append(int(x[0]))
-    except ValueError as e:
-        assert str(e) == "damaged"
+
+    with pytest.raises(ValueError, match="damaged"):
+        read()
     assert seen == list(range(7))
