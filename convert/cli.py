@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import click
 
 from .. import __version__
 from ..formats.sharded import parse_size
-from ..terminal import Meter, run_cli
+from ..terminal import Meter, dump_json, resumable, run_cli
 from . import api, show
 from .targets import SOURCES, TARGETS
 
@@ -172,7 +171,7 @@ def _convert(
     **options: Any,
 ) -> None:  # fmt: skip
     size = None if max_shard_size is None else parse_size(max_shard_size)
-    with Meter(quiet=quiet or as_json) as meter:
+    with Meter(quiet=quiet or as_json) as meter, resumable(dst):
         result = api.convert(
             src, dst, max_shard_size=size, dry_run=dry_run, progress=meter, **options
         )
@@ -227,14 +226,13 @@ def sample(
     directory: Path, to: str, layout: str | None, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
     """Write the bundled model: a small trained Gemma 2 with its tokenizer."""
-    with Meter(quiet=quiet or as_json) as meter:
+    with Meter(quiet=quiet or as_json) as meter, resumable(directory):
         report = api.sample(directory, to=to, layout=layout, overwrite=overwrite, progress=meter)
     _print(report, show.result, as_json)
 
 
 def _print(report: dict[str, Any], human: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False) if as_json else human(report)
-    click.echo(text)
+    click.echo(dump_json(report) if as_json else human(report))
 
 
 def main(argv: list[str] | None = None) -> None:

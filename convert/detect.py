@@ -15,6 +15,7 @@ from ..formats.errors import (
     FormatError,
     InputError,
     MissingTensorError,
+    NotFoundError,
     printable,
 )
 from ..model.canonical import LM_HEAD
@@ -44,10 +45,12 @@ def open_container(path: Path, prefer: str | None = None) -> Source:
 
     Raises:
         FormatError: nothing recognised, or several containers and no preference.
-        FileIOError: the path does not exist.
+        NotFoundError: the path does not exist.
     """
     if not path.exists():
-        raise FileIOError("no such file or directory.", where=path)
+        raise NotFoundError(
+            "no such file or directory.", where=path, fix="pass the path of a checkpoint."
+        )
     kinds = _in_directory(path) if path.is_dir() else [_of_file(path)]
     if not kinds:
         return _below(path)
@@ -92,7 +95,11 @@ def _below(path: Path) -> Source:
 
 def _of_file(path: Path) -> str:
     if not path.is_file():
-        raise FileIOError("not a regular file or directory.", where=path)
+        raise FileIOError(
+            "not a regular file or directory.",
+            where=path,
+            fix="save the stream to a file first; a checkpoint is not read from front to back.",
+        )
     with path.open("rb") as f:
         head = f.read(16)
     for kind, (_, magics) in _CONTAINERS.items():
@@ -187,10 +194,24 @@ def _no_match(source: Source, best: Match) -> InputError:
         f"{'; '.join(parts)}."
     )
     fix = _other_model(names) or (
-        "get the complete checkpoint." if best.missing else "remove them, or merge adapters first."
+        (_one_shard(source.path) or "get the complete checkpoint.")
+        if best.missing
+        else "remove them, or merge adapters first."
     )
     kind = MissingTensorError if best.missing else ExtraTensorError
     return kind(text, where=source.path, fix=fix)
+
+
+# Hugging Face's shards are numbered from 1 of n, Keras's from 0
+_SHARD = re.compile(r".*-\d{5}-of-(?!00001\.)\d{5}\..+|.*_\d{5}\.weights\.h5")
+
+
+def _one_shard(path: Path) -> str | None:
+    """Advice where the user named one file of several."""
+    if not _SHARD.fullmatch(path.name):
+        return None
+    folder = printable(str(path.parent))
+    return f"this file is one shard of several: pass its directory ({folder}), or the index in it."
 
 
 # names that only other models have -> what to say

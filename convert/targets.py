@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..formats.base import ContainerPlan, Slot
 from ..formats.dtypes import BF16, F16, F32, F64
-from ..formats.errors import DtypeError, UsageError
+from ..formats.errors import DtypeError, UsageError, printable
 from ..model.config import PRESETS, GemmaConfig
 from .keras_preset import preset_groups
 from .layout import Layout, Variant
@@ -196,6 +197,36 @@ SOURCES: dict[str, frozenset[str]] = {
 }
 
 
+# suffixes of single files that g2kit does not write
+_OTHER_FILES = frozenset({".keras", ".msgpack", ".npz", ".onnx"})
+
+
+def single_file(dst: Path, target: Target) -> str | None:
+    """The name of the one file that ``dst`` asks for by its suffix, None where it is a directory.
+
+    Raises:
+        UsageError: the suffix is another format's, so a directory of that name would mislead.
+    """
+    suffix = dst.suffix
+    if dst.is_dir():
+        return None
+    if suffix in target.single_file:
+        return dst.name
+    owners = [t.name for t in TARGETS.values() if suffix.lower() in t.single_file]
+    if not owners and suffix.lower() not in _OTHER_FILES:
+        return None
+    own = " or ".join(target.single_file)
+    one = f", or one ending in {own} for a single file" if own else ""
+    other = [f"to write {n}, convert with `--to {n}`" for n in owners if n != target.name]
+    raise UsageError(
+        f"the destination {printable(dst.name)} ends in {suffix}, which is not a name for {target.name}.",
+        where=dst,
+        fix=f"pass a name without {suffix} for a directory{one}"
+        + "".join(f"; {o}" for o in other)
+        + ".",
+    )
+
+
 def framework_of(layout_name: str) -> str:
     """The command-line name of the framework a layout belongs to."""
     return next(name for name, layouts in SOURCES.items() if layout_name in layouts)
@@ -235,9 +266,17 @@ def target_variant(
     if config.num_hidden_layers % period:
         raise UsageError(
             f"--layout {name} groups layers by {period}, but the model has {config.num_hidden_layers}.",
-            fix=f"use another layout of {target.name}: {', '.join(target.layouts)}.",
+            fix=f"pass --layout with one of {', '.join(_layouts_for(target, config))}.",
         )
     return variant
+
+
+def _layouts_for(target: Target, config: GemmaConfig) -> list[str]:
+    """The target's layouts that can hold this number of layers."""
+    periods = {
+        v.name: v.periods.get(config.family, 1) for v in VARIANTS if v.container == target.container
+    }
+    return [n for n in target.layouts if config.num_hidden_layers % periods[n] == 0]
 
 
 def _released_gating(config: GemmaConfig) -> bool:

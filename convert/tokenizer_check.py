@@ -155,8 +155,15 @@ def check_tokenizer_json(
             f"{printable(repr(texts[renamed[0]]), 40)}"] if renamed else []  # fmt: skip
 
 
-def token_ids(tree: dict[str, Any], where: str | Path) -> dict[str, int]:
+def token_ids(
+    tree: dict[str, Any], where: str | Path, fix: str = "pass this model's tokenizer.json."
+) -> dict[str, int]:
     """Token -> id of a parsed tokenizer.json, added tokens included.
+
+    Args:
+        tree: the file, parsed.
+        where: its path, for messages.
+        fix: what to advise where it is none.
 
     Raises:
         TokenizerError: the file has no such table.
@@ -168,7 +175,7 @@ def token_ids(tree: dict[str, Any], where: str | Path) -> dict[str, int]:
         raise TokenizerError(
             "this is no tokenizer.json with a BPE vocabulary.",
             where=where,
-            fix="remove it; it is built again from tokenizer.model.",
+            fix=fix,
         )
     found = dict(vocab)
     for token in added:

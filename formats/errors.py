@@ -7,6 +7,7 @@ where (file, tensor), found against expected, and how to fix it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 EXIT_OK, EXIT_FAIL, EXIT_USAGE, EXIT_INPUT = 0, 1, 2, 3
 EXIT_RESOURCE, EXIT_UNSAFE, EXIT_INCONCLUSIVE, EXIT_CONFLICT, EXIT_INTERNAL = 4, 5, 6, 7, 70
@@ -20,6 +21,8 @@ class G2Error(Exception):
         where: file the failure is in.
         tensor: tensor the failure is in.
         fix: what the user can do about it.
+        found: the value found, where it is one value; JSON-ready.
+        expected: the value expected, likewise.
     """
 
     code = "E_INTERNAL"
@@ -32,11 +35,15 @@ class G2Error(Exception):
         where: str | Path | None = None,
         tensor: str | None = None,
         fix: str | None = None,
+        found: Any = None,
+        expected: Any = None,
     ) -> None:
         self.what = what
         self.where = None if where is None else str(where)
         self.tensor = tensor
         self.fix = fix
+        self.found = found
+        self.expected = expected
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -44,14 +51,27 @@ class G2Error(Exception):
         text = f"{place}: {self.what}" if place else self.what
         return f"{text} Fix: {self.fix}" if self.fix else text
 
+    def as_dict(self) -> dict[str, Any]:
+        """The error as data, for ``--json``: every key always, null where there is nothing to say."""
+        return {
+            "code": self.code,
+            "message": self.what,
+            "file": self.where,
+            "tensor": self.tensor,
+            "found": self.found,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.what, self.where, self.tensor, self.fix)
+        return _rebuild, (type(self), {k: getattr(self, k) for k in _FIELDS})
 
 
-def _rebuild(
-    cls: type[G2Error], what: str, where: str | None, tensor: str | None, fix: str | None
-) -> G2Error:
-    return cls(what, where=where, tensor=tensor, fix=fix)
+_FIELDS = ("what", "where", "tensor", "fix", "found", "expected")
+
+
+def _rebuild(cls: type[G2Error], state: dict[str, Any]) -> G2Error:
+    return cls(**state)
 
 
 def printable(text: str, limit: int = 300) -> str:
@@ -70,6 +90,12 @@ class InputError(G2Error):
     """Base of all complaints about the input's content."""
 
     code, exit_code = "E_FORMAT", EXIT_INPUT
+
+
+class NotFoundError(InputError):
+    """The input the user named is not there."""
+
+    code = "E_NOT_FOUND"
 
 
 class FormatError(InputError):
@@ -122,6 +148,10 @@ class ConfigError(InputError):
     """The model configuration is missing, contradictory or known to be wrong."""
 
     code = "E_CONFIG"
+
+
+class UnknownConfigError(ConfigError):
+    """Nothing says what the hyper-parameters are: no configuration, and the shapes are no released model's."""
 
 
 class TokenizerError(InputError):
@@ -189,7 +219,7 @@ class UnsafePathError(UnsafeError):
 
 
 class ConflictError(G2Error):
-    """The destination exists."""
+    """The destination exists, or is, contains or lies in the input."""
 
     code, exit_code = "E_EXISTS", EXIT_CONFLICT
 
@@ -210,3 +240,24 @@ class ParityError(G2Error):
     """The written checkpoint does not hold what was read."""
 
     code, exit_code = "E_PARITY", EXIT_FAIL
+
+
+_DAMAGED = (
+    "get the file again from where it came from; it is damaged, incomplete or not what it says."
+)
+_SYSTEM = "look at the path, its permissions and the disk, and run the command again."
+# what a command advises where an error has no advice of its own
+LAST_RESORT = {
+    "E_USAGE": "see the command's --help.",
+    "E_LIMIT": _DAMAGED,
+    "E_FORMAT": _DAMAGED,
+    "E_TRUNCATED": _DAMAGED,
+    "E_LAYOUT": _DAMAGED,
+    "E_CHECKSUM": _DAMAGED,
+    "E_MISSING_TENSOR": "get the complete checkpoint.",
+    "E_SHAPE": "check that the files and the configuration are of one model.",
+    "E_DTYPE": "convert the model's bf16, f16 or f32 checkpoint.",
+    "E_CONFIG": "pass the model's configuration with --config PRESET|FILE.",
+    "E_TOKENIZER": "pass this model's tokenizer.model with --tokenizer.",
+    "E_IO": _SYSTEM,
+}

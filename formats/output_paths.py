@@ -16,7 +16,6 @@ from .errors import (
     ConflictError,
     FileIOError,
     SpaceError,
-    UnsafePathError,
     UsageError,
     printable,
 )
@@ -88,13 +87,13 @@ def check_apart(paths: Iterable[Path], sources: Sequence[Path]) -> None:
         sources: what will be read.
 
     Raises:
-        UnsafePathError: one is the other, or inside the other.
+        ConflictError: one is the other, or inside the other.
     """
     for source in sources:
         for path in paths:
             relation = _relation(path, source)
             if relation:
-                raise UnsafePathError(
+                raise ConflictError(
                     f"the output {relation} the input {printable(str(source))}.",
                     where=path,
                     fix="pass a destination apart from the input.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from .names import listing
 from .output_ranges import Span
 
 VERSION = 1
-_LAYOUT = "layout of the files"
+_LAYOUT = "layout of the files"  # a digest of their names, sizes, headers and small files
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -151,16 +153,36 @@ def _replay(journal: Journal) -> Found:
     return found
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, str]) -> list[str]:
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, str]
+) -> dict[str, tuple[str | None, str | None]]:
+    """Key -> (interrupted run's value, this run's), None where there is none; digests are kept out of messages."""
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     shown = [k for k in keys if k != _LAYOUT] or keys  # a consequence, unless it stands alone
-    return [f"{k} was {old.get(k, 'not set')}, now {new.get(k, 'not set')}" for k in shown]
+    return {k: (_text(old.get(k)), _text(new.get(k))) for k in shown}
 
 
-def _mismatch(stage: oc.Stage, differences: list[str]) -> ResumeError:
+def _text(value: Any) -> str | None:
+    return str(value) if value not in (None, "", "None") else None
+
+
+def _in_words(key: str, old: str | None, new: str | None) -> str:
+    if not any(_DIGEST.fullmatch(v) for v in (old, new) if v):
+        return f"{key} was {old or 'not set'}, now {new or 'not set'}"
+    if old and new:
+        return f"{key} is another one now"
+    return f"{key} was not there" if new else f"{key} is no longer there"
+
+
+def _mismatch(
+    stage: oc.Stage, differences: Mapping[str, tuple[str | None, str | None]]
+) -> ResumeError:
+    said = "; ".join(_in_words(k, *values) for k, values in differences.items())
     return ResumeError(
-        f"an interrupted run with other settings is there: {printable('; '.join(differences), 600)}.",
+        f"an interrupted run with other settings is there: {printable(said, 600)}.",
         where=stage.partial,
         fix="repeat the earlier command to finish it, or pass --no-resume to discard it and start "
         "afresh.",
+        found={k: old for k, (old, _) in differences.items()},
+        expected={k: new for k, (_, new) in differences.items()},
     )

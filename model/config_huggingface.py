@@ -15,7 +15,7 @@ import numpy as np
 from ..formats.dtypes import BF16, F16, F32, F64
 from ..formats.errors import ConfigError, DtypeError, printable
 from .config import Family, GemmaConfig
-from .config_reading import MISSING, ConfigReading, ConfigWarning, Keys, Where
+from .config_reading import MISSING, NO_GEMMA, ConfigReading, ConfigWarning, Keys, Where
 
 _CLASSES: dict[Family, str] = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 # what transformers calls the others, for a helpful refusal
@@ -81,7 +81,8 @@ def _family(keys: Keys) -> Family:
     name = printable(str(found), 60)
     raise keys.error(
         f"this is {_RELATIVES.get(name, 'another architecture')} (model_type {name}); supported are "
-        "Gemma 1 (gemma) and Gemma 2 (gemma2)."
+        "Gemma 1 (gemma) and Gemma 2 (gemma2).",
+        "pass a Gemma 1 or Gemma 2 text model.",
     )
 
 
@@ -120,7 +121,8 @@ def _rope_block(keys: Keys, key: str) -> Mapping[str, Any]:
     if kind != "default" or others:
         what = f"type {kind}" if kind != "default" else ", ".join(others)
         raise keys.error(
-            f"{key} asks for {printable(what, 80)}; Gemma 1 and 2 rotate whole heads with one base."
+            f"{key} asks for {printable(what, 80)}; Gemma 1 and 2 rotate whole heads with one base.",
+            NO_GEMMA,
         )
     return block
 
@@ -132,7 +134,8 @@ def _activation(keys: Keys, family: Family) -> Iterator[ConfigWarning]:
             continue
         if found not in _ACTIVATIONS:
             raise keys.error(
-                f"{key} is {printable(str(found), 60)}; Gemma 1 and 2 use gelu_pytorch_tanh."
+                f"{key} is {printable(str(found), 60)}; Gemma 1 and 2 use gelu_pytorch_tanh.",
+                NO_GEMMA,
             )
         # Gemma 1's first releases say gelu and mean the tanh form; for Gemma 2 transformers would
         # take it at its word
@@ -155,7 +158,7 @@ def _refuse(keys: Keys) -> None:
     ):
         _, found = keys.raw(key)
         if found not in (MISSING, None, False):
-            raise keys.error(f"{key} is {printable(str(found), 60)}; {why}.")
+            raise keys.error(f"{key} is {printable(str(found), 60)}; {why}.", NO_GEMMA)
 
 
 def _two_windows(keys: Keys) -> Iterator[ConfigWarning]:
@@ -172,7 +175,10 @@ def _layer_types(keys: Keys) -> None:
         return
     if not isinstance(found, list) or len(found) != layers:
         count = len(found) if isinstance(found, list) else printable(str(found), 60)
-        raise keys.error(f"layer_types must list {layers} layers, found {count}.")
+        raise keys.error(
+            f"layer_types must list {layers} layers, found {count}.",
+            "correct num_hidden_layers or layer_types, or pass the right configuration with --config PRESET|FILE.",
+        )
     pair = ("sliding_attention", "full_attention")
     if keys.values.get("sliding_window") is None and all(kind == pair[1] for kind in found):
         return  # no window anywhere
@@ -183,7 +189,7 @@ def _layer_types(keys: Keys) -> None:
             f"layer_types[{i}] is {printable(str(found[i]), 60)}, but layer {i} of Gemma 2 is "
             f"{pair[i % 2]} (even layers slide, odd ones see everything); {len(wrong)} of {layers} "
             "differ.",
-            "remove layer_types from config.json.",
+            NO_GEMMA,
         )
 
 
@@ -239,7 +245,9 @@ def to_huggingface(config: GemmaConfig, dtype: np.dtype | None = None) -> dict[s
     elif config.query_pre_attn_scalar != config.head_dim:
         raise ConfigError(
             f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, head_dim {config.head_dim}: "
-            "Hugging Face's Gemma 1 always divides queries by sqrt(head_dim)."
+            "Hugging Face's Gemma 1 always divides queries by sqrt(head_dim).",
+            fix="if that query scale is a mistake, pass the right configuration with --config PRESET|FILE; if it is "
+            "not, convert to a layout that needs no Hugging Face config.json.",
         )
     return dict(sorted(out.items()))
 
@@ -254,7 +262,8 @@ def _torch_name(dtype: np.dtype) -> str:
         return _TORCH_NAMES[np.dtype(dtype)]
     except KeyError:
         raise DtypeError(
-            f"transformers loads no {dtype} weights; it loads {', '.join(_TORCH_NAMES.values())}."
+            f"transformers loads no {dtype} weights; it loads {', '.join(_TORCH_NAMES.values())}.",
+            fix="pass --dtype bf16, f16 or f32.",
         ) from None
 
 

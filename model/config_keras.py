@@ -11,7 +11,7 @@ from typing import Any
 
 from ..formats.errors import ConfigError, printable
 from .config import GemmaConfig
-from .config_reading import MISSING, ConfigReading, Keys, Where
+from .config_reading import MISSING, NO_GEMMA, ConfigReading, Keys, Where
 
 _SIZES = {
     "vocab_size": "vocabulary_size",
@@ -33,6 +33,10 @@ _DEFAULTS: dict[str, Any] = {
     "sliding_window_size": 4096,
     "layer_norm_epsilon": 1e-6,
 }
+_OTHER_FORMAT = (
+    "convert to another framework, which can express it (safetensors, flax, torch, gguf); if the value is a mistake, "
+    "pass the right configuration with --config PRESET|FILE."
+)
 _NESTS = ("config", "backbone")  # a task holds its backbone, a serialized object its config
 _FIXED = "fixed in KerasHub"
 
@@ -59,7 +63,8 @@ def from_keras(config: Mapping[str, Any], where: Where = None) -> ConfigReading:
     if len(post) == 2:
         raise keys.error(
             "use_post_ffw_norm and use_post_attention_norm differ; Gemma 2 has both norms, Gemma 1 "
-            "neither."
+            "neither.",
+            NO_GEMMA,
         )
     keys.set("family", "gemma2" if post == {True} else "gemma", "Keras key use_post_ffw_norm")
     _halve(keys)
@@ -87,6 +92,7 @@ def _backbone(config: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
             raise ConfigError(
                 f"this preset is a {printable(str(name), 60)}; supported is GemmaBackbone (Gemma 1 and 2).",
                 where=where,
+                fix="pass a preset of a Gemma 1 or Gemma 2 text model.",
             )
         nest = next((config[k] for k in _NESTS if isinstance(config.get(k), Mapping)), None)
         if nest is None:
@@ -120,7 +126,8 @@ def _refuse_gemma1_extras(keys: Keys) -> None:
     if keys.values["family"] == "gemma" and found:
         raise keys.error(
             f"{', '.join(found)} set without post norms: neither Gemma 1 (which has none of them) nor "
-            "Gemma 2 (which has post norms)."
+            "Gemma 2 (which has post norms).",
+            NO_GEMMA,
         )
 
 
@@ -145,10 +152,16 @@ def to_keras(config: GemmaConfig) -> dict[str, Any]:
         raise ConfigError(
             f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; KerasHub knows head_dim "
             f"({config.head_dim}) and hidden_size // num_attention_heads "
-            f"({config.hidden_size // config.num_attention_heads})."
+            f"({config.hidden_size // config.num_attention_heads}).",
+            fix=_OTHER_FORMAT,
         )
     if config.rope_theta != 10000.0:
-        raise ConfigError(f"rope_theta is {config.rope_theta}; KerasHub's Gemma has 10000 only.")
+        raise ConfigError(
+            f"rope_theta is {config.rope_theta}; KerasHub's Gemma has 10000 only.",
+            fix=_OTHER_FORMAT,
+            found=config.rope_theta,
+            expected=10000.0,
+        )
     post = config.has_post_norms
     return {
         "vocabulary_size": config.vocab_size,

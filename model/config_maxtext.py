@@ -12,7 +12,7 @@ from typing import Any, get_args
 from ..formats.errors import ConfigError, printable
 from .config import Family, GemmaConfig
 from .config_known import SHAPE_FIELDS, known_size
-from .config_reading import MISSING, ConfigReading, Keys, Where
+from .config_reading import MISSING, NO_GEMMA, ConfigReading, Keys, Where
 
 _SIZES = {
     "hidden_size": "base_emb_dim",
@@ -71,7 +71,10 @@ def _decoder(keys: Keys) -> Family:
         keys.set("family", family, f"{keys.label} decoder_block")
         return family
     shown = "missing" if found is MISSING else printable(str(found), 60)
-    raise keys.error(f"decoder_block is {shown}; supported are gemma and gemma2.")
+    raise keys.error(
+        f"decoder_block is {shown}; supported are gemma and gemma2.",
+        "pass a checkpoint of a Gemma 1 or Gemma 2 text model.",
+    )
 
 
 def _refuse(keys: Keys, family: Family) -> None:
@@ -86,7 +89,9 @@ def _refuse(keys: Keys, family: Family) -> None:
     for key, (right, why) in wanted.items():
         _, found = keys.raw(key)
         if found is not MISSING and found is not None and found != right:
-            raise keys.error(f"{key} is {printable(str(found), 60)}, expected {right}: {why}.")
+            raise keys.error(
+                f"{key} is {printable(str(found), 60)}, expected {right}: {why}.", NO_GEMMA
+            )
 
 
 def _query_scalar(keys: Keys, family: Family) -> None:
@@ -125,10 +130,14 @@ def to_maxtext(config: GemmaConfig) -> dict[str, Any]:
     if config.family == "gemma2":
         if layers % 2:
             raise ConfigError(
-                f"MaxText stores Gemma 2 in pairs of a local and a global layer; {layers} layers do not pair up."
+                f"MaxText stores Gemma 2 in pairs of a local and a global layer; {layers} layers do not pair up.",
+                fix="convert to another framework than maxtext.",
             )
         if config.sliding_window is None:
-            raise ConfigError("MaxText's Gemma 2 always has a sliding window; this model has none.")
+            raise ConfigError(
+                "MaxText's Gemma 2 always has a sliding window; this model has none.",
+                fix="convert to another framework than maxtext.",
+            )
         out |= {
             "base_num_decoder_layers": layers // 2,
             "final_logits_soft_cap": config.final_logit_softcapping,

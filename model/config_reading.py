@@ -25,10 +25,16 @@ HYPERPARAMETERS = (
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window",
     "max_position_embeddings", "rope_theta", "rms_norm_eps",
 )  # fmt: skip
+DEFAULT = "default of every Gemma"  # the origin of what no key says
 GEMMA2_ONLY = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
 CONFIG_FIX = (
     "add them, or pass --config with a complete Hugging Face config.json or a preset name such as "
     "gemma2-2b."
+)
+CORRECT = "correct it, or pass the right configuration with --config PRESET|FILE."
+NO_GEMMA = (
+    "if the model really is built so, it is no Gemma 1 or 2 and cannot be converted; if only the file is wrong, "
+    "correct it, or pass the right configuration with --config PRESET|FILE."
 )
 
 
@@ -112,6 +118,7 @@ class Keys:
             raise ConfigError(
                 f"a configuration must be a set of keys, found {type(mapping).__name__}.",
                 where=where,
+                fix=CORRECT,
             )
         self.mapping = mapping
         self.where = where
@@ -121,8 +128,8 @@ class Keys:
         self.missing: dict[str, str] = {}  # field -> the foreign keys it may stand under
 
     def error(self, what: str, fix: str | None = None) -> ConfigError:
-        """A ConfigError about this configuration."""
-        return ConfigError(what, where=self.where, fix=fix)
+        """A ConfigError about this configuration; its fix is to correct that value unless told otherwise."""
+        return ConfigError(what, where=self.where, fix=fix or CORRECT)
 
     def raw(self, *keys: str) -> tuple[str, Any]:
         """The first of ``keys`` that is present and not null, else one that is null, else MISSING."""
@@ -209,7 +216,7 @@ class Keys:
             raise self.error(e.what, e.fix) from None
         origin = dict(self.origin)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"):
-            origin.setdefault(name, "default of every Gemma")
+            origin.setdefault(name, DEFAULT)
         return ConfigReading(config, origin, [*warnings, *_audited(config)])
 
     def _known(self) -> Preset | None:
@@ -221,7 +228,9 @@ class Keys:
             limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             if isinstance(value, int) and value > limit:
                 raise LimitError(
-                    f"{name} is {_show(value)}; no model has more than {limit}.", where=self.where
+                    f"{name} is {_show(value)}; no model has more than {limit}.",
+                    where=self.where,
+                    fix=CORRECT,
                 )
 
 

@@ -379,6 +379,7 @@ def test_the_checksum_of_a_slot_written_in_two_runs(tmp_path):
         ({"dtype": "f32"}, "dtype was keep, now f32"),
         ({"tool": "0.2.0", "source": "g2:sha256:11"}, "source was g2:sha256:00, now g2:sha256:11"),
         ({"new-option": "1"}, "new-option was not set, now 1"),
+        ({"the source": "ab" * 32}, "settings is there: the source was not there. Fix"),
     ],
 )
 def test_another_plan_is_not_continued(tmp_path, change, said):
@@ -399,7 +400,7 @@ def test_another_layout_under_the_same_options_is_not_continued(tmp_path):
     case = Case()
     interrupt(case, tmp_path / "out")
     case.plan = change(files=(*PLAN.files, FilePlan("more", 1)))
-    with pytest.raises(ResumeError, match="layout of the files was"):
+    with pytest.raises(ResumeError, match="layout of the files is another one now"):
         case.run(tmp_path / "out")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from g2kit.formats import manifest as mf
-from g2kit.formats.errors import ConflictError, FileIOError, SpaceError, UnsafePathError, UsageError
+from g2kit.formats.errors import ConflictError, FileIOError, SpaceError, UsageError
 from g2kit.formats.output_fs import Filesystem
 from g2kit.formats.output_paths import mount_point, show_bytes
 
@@ -130,17 +130,15 @@ def test_input_and_output_are_apart(tmp_path):
         (tmp_path / "models", [source / "a.safetensors"], "contains the input"),
         (tmp_path / "models", [tmp_path / "elsewhere", source], "contains the input"),
     ):
-        e = refused(dst, UnsafePathError, message, over, sources=sources)
-        assert (e.code, e.exit_code) == ("E_PATH", 5)
+        e = refused(dst, ConflictError, message, over, sources=sources)
+        assert (e.code, e.exit_code) == ("E_EXISTS", 7)
     single = Case(single=True, overwrite=True)
-    refused(
-        source / "a.safetensors", UnsafePathError, "same", single, sources=list(source.iterdir())
-    )
+    refused(source / "a.safetensors", ConflictError, "same", single, sources=list(source.iterdir()))
     (source / "hard").hardlink_to(source / "a.safetensors")
-    refused(source / "hard", UnsafePathError, "same", single, sources=[source / "a.safetensors"])
+    refused(source / "hard", ConflictError, "same", single, sources=[source / "a.safetensors"])
     # the staging directory must be apart too
     (tmp_path / "out.partial").mkdir()
-    refused(tmp_path / "out", UnsafePathError, "same", sources=[tmp_path / "out.partial"])
+    refused(tmp_path / "out", ConflictError, "same", sources=[tmp_path / "out.partial"])
     # beside is fine
     Case(single=True).run(source / "new", sources=[source / "a.safetensors"], fs=Unsynced())
 

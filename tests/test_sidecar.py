@@ -25,10 +25,10 @@ from g2kit.convert.sidecar import (
 from g2kit.convert.tokenizer_json import tokenizer_json
 from g2kit.formats.dtypes import BF16
 from g2kit.formats.errors import (
-    FileIOError,
     FormatError,
     G2Error,
     LimitError,
+    NotFoundError,
     TokenizerError,
     UnsafePathError,
 )
@@ -185,7 +185,7 @@ def test_the_users_tokenizer_wins(tmp_path: Path) -> None:
     assert find_sidecars(source, "safetensors", other).tokenizer_model == OFFICIAL
     with pytest.raises(TokenizerError, match="no tokenizer here"):
         find_sidecars(source, "safetensors", tmp_path)
-    with pytest.raises(FileIOError, match="no such file"):
+    with pytest.raises(NotFoundError, match=r"no such file.*Fix: pass the tokenizer\.model"):
         find_sidecars(source, "safetensors", tmp_path / "nowhere")
     (tmp_path / "empty.model").touch()
     with pytest.raises(TokenizerError, match="no tokenizer here"):
