@@ -1,0 +1,239 @@
+"""What one runner must do whatever the other says: keep to its window, ignore padding and batch mates, use BOS, decode.
+
+Two runners that agree may share a fault; these checks ask each by itself. A check that a runner has not the abilities for, or
+that the probes do not reach, is INCONCLUSIVE and says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .checks import Check, Floor, Question, kl, limit_of, logits_at, worst
+from .coverage import coverage, queries_past_window
+from .decoding import check_decode, check_greedy, check_greedy_agreement
+from .probes import Probe, ProbeSet, is_small
+from .runners.base import Runner
+from .softcap import Utilisation, softcap_checks, utilisation
+
+__all__ = [
+    "Check", "Floor", "check_decode", "check_greedy", "check_greedy_agreement", "check_mask",
+    "coverage", "run_checks", "utilisation",
+]  # fmt: skip
+
+Array = np.ndarray[Any, np.dtype[Any]]
+WINDOW = Question("P3/window", "The sliding window is crossed")
+MASK = Question("P3/mask", "Every layer sees exactly the keys it should")
+PADDING = Question("P6/padding", "Batch mates and padding change nothing")
+BOS = Question("P7/bos", "A missing or doubled BOS is noticed (negative control)")
+EPSILON = {"bfloat16": 2.0**-8, "float32": 2.0**-23, "float64": 2.0**-52}
+NOISE = 4  # epsilons of relative error of a hidden state in which a masked key may still differ
+ABRUPT = (
+    100  # times the noise: an effect that is this large does not fade to nothing over one position
+)
+PROMPT_TOKENS = 256  # of a prompt that is run nine times over
+SHOWN = 32  # last positions of a prompt that are compared
+PAD = 5
+# runners that take the sequences of a batch apart, so that a batch shows nothing of the consumer itself
+UNBATCHED = {"llama_cpp": "runs sequences one after the other, without padding"}
+
+
+def run_checks(
+    runner: Runner, probes: ProbeSet, floor: Floor | None, *, used: Utilisation | None = None
+) -> list[Check]:
+    """All checks of the profile that make sense for the model.
+
+    Args:
+        runner: what is checked; its batch is forgotten.
+        probes: of :func:`g2kit.verify.probes.build_probes`.
+        floor: the runner's noise; without it, what needs a threshold is INCONCLUSIVE.
+        used: soft-cap utilisation, where it was measured already.
+
+    Raises:
+        G2Error: the runner fails.
+    """
+    config, full = runner.config, probes.profile == "full"
+    found = [_check_window(runner, probes)] if config.sliding_window is not None else []
+    if probes.profile == "smoke":
+        return found
+    used = utilisation(runner, list(probes)) if used is None else used
+    found += softcap_checks(config, used)
+    if config.sliding_window is not None and (full or is_small(config)):
+        found.append(check_mask(runner, probes))
+    found += [check_padding(runner, probes, floor), check_bos(runner, probes, floor)]
+    steps = 64 if full or is_small(config) else 8
+    return [
+        *found,
+        check_decode(runner, probes, floor),
+        check_greedy(runner, probes, floor, steps=steps),
+    ]
+
+
+def _check_window(runner: Runner, probes: ProbeSet) -> Check:
+    window, queries = runner.config.sliding_window, queries_past_window(runner.config, probes)
+    assert window is not None
+    if not queries:
+        return WINDOW.unanswered(f"no probe is longer than the window of {window}.", 0.0, 1.0)
+    layers = sum(map(runner.config.is_local, range(runner.config.num_hidden_layers)))
+    return WINDOW.answer(
+        True, float(queries), 1.0,
+        f"queries whose window of {window} leaves out a key, in each of {layers} local layers.",
+    )  # fmt: skip
+
+
+# ---- the mask, layer by layer ---------------------------------------------------------------------------------------
+
+
+def check_mask(runner: Runner, probes: Sequence[Probe] | ProbeSet) -> Check:
+    """Change the first position's input of every layer by itself and see how far it is felt."""
+    config, window = runner.config, runner.config.sliding_window
+    if "replay" not in runner.gives:
+        return MASK.unanswered(f"the {runner.name} runner does not give replay.")
+    if window is None:
+        return MASK.unanswered("the model has no sliding window.")
+    crossing = [p for p in probes if len(p.tokens) > window + 1]
+    if not crossing:
+        return MASK.unanswered(f"no probe is longer than the window of {window} by two.")
+    probe = min(crossing, key=lambda p: len(p.tokens))
+    tokens = probe.tokens[: window + PAD + 1]
+    before = runner.start(tokens)
+    wrong: list[str] = []
+    faded: list[str] = []
+    for layer in range(config.num_hidden_layers):
+        assert before is not None
+        after = runner.advance()
+        moved = before.copy()
+        moved[:, 0] *= -1
+        seen, is_faded = _reach(after[0], runner.replay(moved)[0], EPSILON[runner.dtype] * NOISE)
+        wanted = min(window, len(tokens)) if config.is_local(layer) else len(tokens)
+        if seen != wanted:
+            said = f"layer {layer} sees {seen} keys of {len(tokens)}, {wanted} expected"
+            (faded if is_faded and seen < wanted else wrong).append(said)
+        before = after
+    right = float(config.num_hidden_layers - len(wrong) - len(faded))
+    if wrong or not faded:
+        said = "; ".join(wrong) or f"local layers see {window} keys, global ones all {len(tokens)}"
+        return MASK.answer(not wrong, right, float(config.num_hidden_layers), f"{said}.")
+    return MASK.unanswered(
+        f"the effect of a key is too small to see: {'; '.join(faded)}.",
+        right, float(config.num_hidden_layers),
+    )  # fmt: skip
+
+
+def _reach(one: Array, two: Array, noise: float) -> tuple[int, bool]:
+    """Positions from which the first is seen, and whether the effect faded to that rather than stopped.
+
+    Args:
+        one: outputs ``[length, hidden]``.
+        two: outputs after the change.
+        noise: relative error that is no effect.
+    """
+    step = np.sqrt(np.square(two.astype(np.float64) - one).mean(1))
+    effect = step / np.maximum(np.sqrt(np.square(one.astype(np.float64)).mean(1)), 1e-30)
+    felt = np.flatnonzero(~(effect <= noise))  # NaN is felt
+    last = int(felt[-1]) if len(felt) else 0
+    return last + 1, bool(effect[last] < ABRUPT * noise)
+
+
+# ---- padding and batch mates ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch with the prompt in its first and last row, shifted by ``shift`` columns."""
+
+    name: str
+    shift: int
+
+
+_BATCHES = (_Batch("right-padded", 0), _Batch("left-padded", PAD))
+
+
+def check_padding(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Floor | None) -> Check:
+    """A prompt alone against the same in mixed-length batches, padded left and right, first and last."""
+    if runner.name in UNBATCHED:
+        return PADDING.unanswered(f"the {runner.name} runner {UNBATCHED[runner.name]}.")
+    prompt = _prompt(runner, probes)
+    if prompt is None:
+        return PADDING.unanswered("no probe leaves room for padding in the context.")
+    n = len(prompt)
+    shown = min(n, SHOWN)
+    runner.start(prompt)
+    runner.finish()
+    want = logits_at(runner, slice(n - shown, n))[0]
+    found: dict[str, float] = {}
+    for batch in _BATCHES:
+        tokens, real = _mixed(prompt, batch.shift, runner.config.pad_token_id)
+        runner.start(tokens, real)
+        runner.finish()
+        columns = slice(n - shown + batch.shift, n + batch.shift)
+        got = logits_at(runner, columns)
+        for row, place in ((0, "first"), (len(tokens) - 1, "last")):
+            found[f"{place} in a {batch.name} batch"] = worst(kl(want, got[row]))
+    where = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
+    window = runner.config.sliding_window
+    crossed = (
+        "" if window is None else (", past the window" if n > window else ", within the window")
+    )
+    return PADDING.at_most(
+        found[where], floor, "kl_max",
+        f"largest KL against the prompt alone, {where} ({len(found)} places, {n} tokens{crossed}).",
+    )  # fmt: skip
+
+
+def _prompt(runner: Runner, probes: Sequence[Probe] | ProbeSet) -> Array | None:
+    """The longest probe that is cheap and leaves room for padding."""
+    most = min(PROMPT_TOKENS, runner.config.max_position_embeddings - PAD)
+    fitting = [p.tokens for p in probes if len(p.tokens) <= most]
+    return max(fitting, key=len) if fitting else None
+
+
+def _mixed(prompt: Array, shift: int, pad: int) -> tuple[Array, Array]:
+    """Rows: prompt, a full-length mate, a mate half as long, prompt; all but the second padded on the side of ``shift``."""
+    n, width = len(prompt), len(prompt) + PAD
+    tokens = np.full((4, width), pad, np.int64)
+    real = np.zeros(tokens.shape, bool)
+    mate = np.concatenate([prompt[:1], prompt[:0:-1], prompt[:PAD]])[:width]
+    mate = np.resize(mate, width)
+    half = mate[: max(1, n // 2)]
+    for row, ids in enumerate((prompt, mate, half, prompt)):
+        start = (width - len(ids)) if shift else 0
+        tokens[row, start : start + len(ids)] = ids
+        real[row, start : start + len(ids)] = True
+    return tokens, real
+
+
+# ---- BOS --------------------------------------------------------------------------------------------------------------
+
+
+def check_bos(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Floor | None) -> Check:
+    """A text without BOS, and with two, must be far from the text with one: else the runner adds or drops BOS by itself."""
+    bos = runner.config.bos_token_id
+    most = min(SHOWN, runner.config.max_position_embeddings - 1)
+    fitting = [p.tokens[:most] for p in probes if p.tokens[0] == bos and len(p.tokens) > 2]
+    if not fitting:
+        return BOS.unanswered("no probe begins with BOS and goes on.")
+    prompt = max(fitting, key=len)
+    n = len(prompt) - 1
+    variants = {
+        "correct": prompt, "missing": prompt[1:], "doubled": np.concatenate([prompt[:1], prompt]),
+    }  # fmt: skip
+    logits: dict[str, Array] = {}
+    for name, tokens in variants.items():
+        runner.start(tokens)
+        runner.finish()
+        logits[name] = logits_at(runner, slice(len(tokens) - n, len(tokens)))[0]
+    found = {v: worst(kl(logits["correct"], logits[v])) for v in ("missing", "doubled")}
+    value, limit = (
+        min(found.values(), key=lambda x: -math.inf if math.isnan(x) else x),
+        limit_of(floor, "kl_max"),
+    )
+    detail = f"largest KL over {n} tokens: {found['missing']:.3g} without BOS, {found['doubled']:.3g} with two"
+    if limit is None and math.isfinite(value):
+        return BOS.unanswered(f"no noise floor was measured; {detail}.", value)
+    passed = limit is not None and value > limit
+    return BOS.answer(passed, value, limit, f"{detail}; it must be more than noise.")
