@@ -20,19 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from measure import Run, idle, run
+from sizes import PRESETS, model_config
 
 if TYPE_CHECKING:  # the parent process stays small
     from g2kit.model.config import GemmaConfig
-
-PRESETS = {"2b": "gemma2-2b", "9b": "gemma2-9b", "27b": "gemma2-27b"}
-
-
-def model_config(size: str, layers: int | None) -> GemmaConfig:
-    """A released size, with fewer layers where asked."""
-    from g2kit.model.config import preset
-
-    config = preset(PRESETS[size]).config
-    return config.with_(num_hidden_layers=layers) if layers else config
 
 
 def make_sources(size: str, root: Path, layers: int | None) -> None:
