@@ -33,7 +33,7 @@ _BUG = "this is a bug in g2kit; run again with --debug and report the traceback.
 class Meter:
     """Progress of a long command: bytes, rate and time left, on stderr, only when that is a terminal.
 
-    Call it with bytes just done and what they belong to; safe from any thread. ``total`` may be set late.
+    Call it with bytes (or other units) just done and what they belong to; safe from any thread. ``total`` may be set late.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -42,8 +42,8 @@ class Meter:
         self._bar: Any = None
         self._lock = threading.Lock()
 
-    def start(self, total: int, what: str) -> None:
-        """Begin a phase of ``total`` bytes."""
+    def start(self, total: int, what: str, unit: str = "B") -> None:
+        """Begin a phase of ``total`` bytes, or another unit."""
         self.stop()
         if self.shown:
             from tqdm import tqdm
@@ -51,7 +51,7 @@ class Meter:
             # a terminal that does not tell its size (0 x 0) would show no bar at all
             known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
             self._bar = tqdm(
-                total=total, unit="B", unit_scale=True, desc=what, leave=False, mininterval=0.2,
+                total=total, unit=unit, unit_scale=True, desc=what, leave=False, mininterval=0.2,
                 dynamic_ncols=known, ncols=None if known else 80, nrows=None if known else 24,
             )  # fmt: skip
 
