@@ -28,7 +28,8 @@ Conversions: g2conv A-to-B SRC DST, with A and B one of {", ".join(FRAMEWORKS)}.
 
 \b
 Exit codes: 0 done; 1 the written copy differs; 2 wrong usage; 3 bad input; 4 disk, memory or a missing
-package; 5 refused as unsafe; 7 the destination exists, is locked or belongs to another run; 70 a bug.
+package; 5 refused as unsafe; 7 the destination exists, overlaps the source, is locked or belongs to another
+interrupted run; 70 a bug; 130, 143 stopped by a signal.
 """
 
 
@@ -86,10 +87,18 @@ def _config_option(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _output_options(f: Callable[..., Any]) -> Callable[..., Any]:
-    f = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")(
-        f
-    )
-    return click.option("--quiet", "-q", is_flag=True, help="Print errors only.")(f)
+    f = click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON document to stdout, of a failure too.",
+    )(f)
+    return click.option(
+        "--quiet",
+        "-q",
+        is_flag=True,
+        help="Print no progress, no warnings and no report of success.",
+    )(f)
 
 
 def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,8 +186,7 @@ def _convert(
         )
     if as_json or not quiet:
         _print(result, show.plan if dry_run else show.result, as_json)
-    for line in show.warnings(result):
-        meter.say(line)
+    _warn(result, quiet or as_json)
 
 
 @g2conv.command(short_help="Show format, layout, configuration and anything odd.")
@@ -211,7 +219,8 @@ def check(dst: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Verify an output of g2conv against its manifest: every file and every tensor."""
     with Meter(quiet=quiet or as_json) as meter:
         report = api.check(dst, progress=meter, **options)
-    _print(report, show.checked, as_json)
+    if as_json or not quiet:
+        _print(report, show.checked, as_json)
 
 
 @g2conv.command(short_help="Write the bundled model, a small trained Gemma 2.")
@@ -228,7 +237,14 @@ def sample(
     """Write the bundled model: a small trained Gemma 2 with its tokenizer."""
     with Meter(quiet=quiet or as_json) as meter, resumable(directory):
         report = api.sample(directory, to=to, layout=layout, overwrite=overwrite, progress=meter)
-    _print(report, show.result, as_json)
+    if as_json or not quiet:
+        _print(report, show.result, as_json)
+    _warn(report, quiet or as_json)
+
+
+def _warn(report: dict[str, Any], quiet: bool) -> None:
+    for line in show.warnings(report) if not quiet else ():
+        click.echo(line, err=True)
 
 
 def _print(report: dict[str, Any], human: Callable[[dict[str, Any]], str], as_json: bool) -> None:

@@ -175,6 +175,12 @@ def _no_match(source: Source, best: Match) -> InputError:
     names = list(source.tensors)
     if not names:
         return MissingTensorError("the checkpoint holds no tensors.", where=source.path)
+    if shard := _one_shard(source.path):
+        return MissingTensorError(
+            f"{len(names)} tensors are here, the others lie in other files: {_some(names, 3)}.",
+            where=source.path,
+            fix=_other_model(names) or shard,
+        )
     known = len(names) - len(best.extra)
     if known < max(1, len(names) // 10):
         return FormatError(
@@ -194,9 +200,7 @@ def _no_match(source: Source, best: Match) -> InputError:
         f"{'; '.join(parts)}."
     )
     fix = _other_model(names) or (
-        (_one_shard(source.path) or "get the complete checkpoint.")
-        if best.missing
-        else "remove them, or merge adapters first."
+        "get the complete checkpoint." if best.missing else "remove them, or merge adapters first."
     )
     kind = MissingTensorError if best.missing else ExtraTensorError
     return kind(text, where=source.path, fix=fix)

@@ -264,9 +264,12 @@ def target_variant(
     )
     period = variant.periods.get(config.family, 1)
     if config.num_hidden_layers % period:
+        fitting = _layouts_for(target, config)
         raise UsageError(
             f"--layout {name} groups layers by {period}, but the model has {config.num_hidden_layers}.",
-            fix=f"pass --layout with one of {', '.join(_layouts_for(target, config))}.",
+            fix=f"pass --layout with one of {', '.join(fitting)}."
+            if fitting
+            else f"convert to another framework; every layout of {target.name} does so.",
         )
     return variant
 

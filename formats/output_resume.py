@@ -16,6 +16,7 @@ from .output_ranges import Span
 
 VERSION = 1
 _LAYOUT = "layout of the files"  # a digest of their names, sizes, headers and small files
+CONTENT = "the content of "  # begins the keys of side files
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -158,7 +159,9 @@ def _differences(
 ) -> dict[str, tuple[str | None, str | None]]:
     """Key -> (interrupted run's value, this run's), None where there is none; digests are kept out of messages."""
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    shown = [k for k in keys if k != _LAYOUT] or keys  # a consequence, unless it stands alone
+    told = [k for k in keys if k != _LAYOUT]
+    # side files and headers are consequences, unless they stand alone
+    shown = [k for k in told if not k.startswith(CONTENT)] or told or keys
     return {k: (_text(old.get(k)), _text(new.get(k))) for k in shown}
 
 

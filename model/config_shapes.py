@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from ..formats.errors import ConfigError
+from ..formats.errors import ConfigError, UnknownConfigError
 from .canonical import shape_of
 from .config import PRESETS, Family, GemmaConfig, Preset
 from .config_known import BASES, SHAPE_FIELDS
@@ -105,13 +105,14 @@ def _unknown(family: Family, shapes: Mapping[str, int], where: Where) -> ConfigE
     example |= {"vocab_size": shapes.get("vocab", "…"), "max_position_embeddings": "…"}
     example |= dict.fromkeys(_UNSTORED[family], "…")
     names = ", ".join(_UNSTORED[family])
-    return ConfigError(
+    return UnknownConfigError(
         f"no released {family} model has these shapes: {found}.{looks} A checkpoint of arrays does not store "
         f"{names}, so they cannot be known.",
         where=where,
         fix="pass --config FILE with a Hugging Face config.json such as "
         f"{json.dumps(example, ensure_ascii=False)} with every … filled in, or --config with a preset name if "
         "the shapes are wrong.",
+        found={_LABELS[axis]: size for axis, size in shapes.items()},
     )
 
 
