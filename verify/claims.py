@@ -37,6 +37,7 @@ class Proof:
         threshold: what it was held against, or None.
         unit: of value and threshold.
         source: where the threshold came from.
+        better: which side of the threshold is the good one, ``lower`` or ``higher``.
     """
 
     metric: str
@@ -45,6 +46,7 @@ class Proof:
     threshold: float | None = None
     unit: str = ""
     source: str = ""
+    better: str = "lower"
 
     def to_json(self) -> dict[str, Any]:
         """The report's row."""
@@ -92,9 +94,9 @@ class Measured:
         rms_max: largest RMS logit difference.
         tv: mean total variation, the share of sampled tokens that change.
         non_finite: where the first NaN or infinity is, as a sentence; None without one.
-        non_finite_side: ``reference`` or ``candidate``.
         divergent: the first block beyond its floor, as a phrase; None where no block is, or none was measured.
-        block_error, block_threshold: largest relative error of a block's own, and what the floor allows it.
+        block_error, block_threshold: relative error of the block nearest to, or beyond, what the floor allows it.
+        lower_bound: KL and its like are lower bounds (a recording of the largest logits only).
     """
 
     documents: int
@@ -104,10 +106,10 @@ class Measured:
     rms_max: float | None = None
     tv: float | None = None
     non_finite: str | None = None
-    non_finite_side: str | None = None
     divergent: str | None = None
     block_error: float | None = None
     block_threshold: float | None = None
+    lower_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,7 @@ def _w1(e: Evidence, rule: Rule) -> Claim:
         return _w1_by_fingerprint(e, rule)
     rows = [r for r in e.rows if not r.lossy]
     bad = [r for r in rows if r.verdict != PASS]
-    proof = [Proof("tensors equal bit for bit", len(rows) - len(bad), threshold=len(rows), unit="tensors",
-                   source="no tolerance")]  # fmt: skip
+    proof = [_count("tensors equal bit for bit", rows, bad, "no tolerance")]
     if bad:
         return rule.claim(FAIL, f"{len(bad)} of {len(rows)} tensors differ: {_named(bad)}.", proof)
     rest = len(e.rows) - len(rows)
@@ -291,6 +292,10 @@ def _w2(e: Evidence, rule: Rule) -> Claim:
     )
 
 
+def _count(metric: str, rows: Sequence[Row], bad: Sequence[Row], source: str) -> Proof:
+    return Proof(metric, len(rows) - len(bad), None, len(rows), "tensors", source, "higher")
+
+
 def _named(rows: Sequence[Row]) -> str:
     shown = [f"{r.name} ({r.note or r.bound})" for r in rows[:_LISTED]]
     more = len(rows) - len(shown)
@@ -336,10 +341,10 @@ def _same_function(e: Evidence, rule: Rule) -> Claim:
 
 
 _WORDS = {
-    "L1": "as the same function does in float32",
-    "L2": "as rounding in the compute type explains",
-    "X1": "as two machines with these noise floors may",
-    "Q2": "as a correct kernel may",
+    "L1": "the difference is noise of float32",
+    "L2": "the difference is noise of the compute type",
+    "X1": "the difference is noise of the two machines",
+    "Q2": "the kernel's difference is noise",
 }
 
 
@@ -370,12 +375,19 @@ def _within_floor(
     missing = list(uncovered)
     if limits is None or limits.kl_max is None:
         missing.insert(0, "a noise floor: none could be measured for this runner and type")
+    if m.lower_bound:
+        missing.append(
+            "a recording with hidden states: from the largest logits KL is only bounded from below"
+        )
     if m.kl_max is None:
         missing.insert(0, "at least one position with finite logits")
     if missing:
         return rule.claim(INCONCLUSIVE, "The evidence does not cover the model.", proof, missing)
-    text = f"Over {m.positions} positions of {m.documents} sequences the two differ no more than {words}"
-    return rule.claim(PASS, f"{text}: largest KL {m.kl_max:.2g} nats.", proof)
+    assert limits is not None
+    text = f"Over {m.positions} positions of {m.documents} sequences {words}"
+    return rule.claim(
+        PASS, f"{text}: largest KL {m.kl_max:.2g} nats, {limits.kl_max:.2g} allowed.", proof
+    )
 
 
 def _proofs(m: Measured, limits: Limits | None) -> list[Proof]:

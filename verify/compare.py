@@ -1,0 +1,164 @@
+"""Comparing two models: the library calls behind ``g2verify compare``, ``weights`` and ``merge``. Plain data out.
+
+>>> from g2kit.verify.compare import compare
+>>> report = compare("gemma2-2b-flax", "gemma2-2b")  # doctest: +SKIP
+>>> report["verdict"]  # doctest: +SKIP
+'PASS'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from ..convert.open import Checkpoint
+from ..formats.errors import NonFiniteError
+from ..model.config import GemmaConfig
+from .claims import FAIL, Claim
+from .document import build, error_document, sealed
+from .measure import Part, measure
+from .options import Options, Progress, engines
+from .shards import join, read_part
+from .side import open_side
+
+Config = str | Path | GemmaConfig | None
+Where = str | Path | Checkpoint
+
+
+def compare(
+    ref: Where,
+    cand: Where,
+    *,
+    profile: str = "ci",
+    runner: str | None = None,
+    cand_runner: str | None = None,
+    dtype: str | None = None,
+    cand_dtype: str | None = None,
+    device: str | None = None,
+    cand_device: str | None = None,
+    mesh: str | None = None,
+    text: str | Path | None = None,
+    tokens: str | Path | npt.NDArray[Any] | None = None,
+    config: Config = None,
+    ref_config: Config = None,
+    cand_config: Config = None,
+    fix_config: bool = False,
+    budget: float | str | None = None,
+    k: float = 10.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run two models over the same tokens and judge how far apart they are.
+
+    Args:
+        ref: the reference: a checkpoint of any format, or a recording.
+        cand: the candidate: a checkpoint of any format, or a recording if the reference is one.
+        profile: how much to run: ``smoke``, ``ci`` or ``full``.
+        runner: implementation that runs both, of :data:`g2kit.verify.runners.RUNNERS`; default ``torch``.
+        cand_runner: another one for the candidate.
+        dtype: compute type of both, such as ``float32``.
+        cand_dtype: another one for the candidate.
+        device: of both where both have the same runner.
+        cand_device: another one for the candidate.
+        mesh: ``data=2,model=4`` for the jax runner.
+        text: UTF-8 file whose documents replace the built-in ones.
+        tokens: ``.npy`` of ids that replace them.
+        config: configuration of both, for checkpoints that carry none.
+        ref_config: of the reference only.
+        cand_config: of the candidate only.
+        fix_config: correct values known to be wrong in published files.
+        budget: mean KL in nats that changed weights may cost; default the preset of the candidate's bits.
+        k: thresholds are this many times the measured noise floor.
+        seed: of pseudo-random token ids.
+        progress: told of bytes and tokens.
+
+    Returns:
+        A ``g2kit.report/1`` document; see ``report/schema.json``. Different models are a document with verdict ERROR.
+
+    Raises:
+        G2Error: a side cannot be opened or run, or the options are wrong.
+    """
+    one, two = engines(
+        runner=runner, cand_runner=cand_runner, dtype=dtype, cand_dtype=cand_dtype, device=device,
+        cand_device=cand_device, mesh=mesh,
+    )  # fmt: skip
+    options = Options(profile, one, two, text, tokens, budget, k, seed)
+    configs = (ref_config or config, cand_config or config)
+    return document_of(ref, cand, options, configs, fix_config=fix_config, progress=progress)
+
+
+def compare_weights(
+    ref: Where,
+    cand: Where,
+    *,
+    config: Config = None,
+    ref_config: Config = None,
+    cand_config: Config = None,
+    fix_config: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Claims W1, W2 and C0 only: nothing is run. See :func:`compare`."""
+    configs = (ref_config or config, cand_config or config)
+    return document_of(
+        ref, cand, Options(), configs, fix_config=fix_config, run=False, progress=progress
+    )
+
+
+def document_of(
+    ref: Where,
+    cand: Where,
+    options: Options,
+    configs: tuple[Config, Config] = (None, None),
+    *,
+    fix_config: bool = False,
+    run: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """:func:`compare` with its options as one object."""
+    try:
+        part = part_of(
+            ref, cand, options, configs, fix_config=fix_config, run=run, progress=progress
+        )
+    except NonFiniteError as e:
+        return non_finite(e, "compare" if run else "weights")
+    return build(join([part]))
+
+
+def part_of(
+    ref: Where,
+    cand: Where,
+    options: Options,
+    configs: tuple[Config, Config] = (None, None),
+    *,
+    fix_config: bool = False,
+    run: bool = True,
+    progress: Progress | None = None,
+) -> Part:
+    """Measurements only: a shard where ``options`` say so, to be put together by :func:`merge`."""
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(open_side(path, config, fix_config=fix_config))
+            for path, config in zip((ref, cand), configs, strict=True)
+        ]
+        return measure(sides[0], sides[1], options, run=run, progress=progress)
+
+
+def merge(parts: Iterable[str | Path]) -> dict[str, Any]:
+    """The document of a comparison whose shards wrote ``parts``: the same bytes for any number of shards.
+
+    Raises:
+        UsageError: a shard is missing, twice, or of another comparison.
+        FormatError: a file is no part.
+    """
+    return build(join([read_part(Path(p)) for p in parts]))
+
+
+def non_finite(e: NonFiniteError, kind: str) -> dict[str, Any]:
+    """The document for packed weights whose scales are NaN: they cannot be run, and are wrong for certain."""
+    claim = Claim("W1", "The weights are finite", FAIL, f"NaN or infinity: {e}")
+    document = error_document(e, kind, claims=[claim.to_json()])
+    return sealed({**document, "verdict": FAIL, "exit_code": 1, "summary": claim.sentence})

@@ -1,0 +1,239 @@
+"""From merged measurements to what claims are judged on: thresholds, largest errors, what was not covered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..model.logits_stats import Record
+from ..model.logits_summary import Summary, summarise
+from .claims import Evidence, Limits, Measured, budget_of
+from .coverage import REQUIRED
+from .divergence import Divergence, Inside, divergent
+from .floor import Floor
+from .identity import Difference, Identity
+from .lockstep import LockstepResult
+from .weights import Row, fingerprints
+
+DOCUMENTS = "P2"  # the group intervals are computed from
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Parts put together and parsed.
+
+    Attributes:
+        part: a merged part: its plain fields.
+        rows: the ledger with all its notes, None where a side holds no weights.
+        result: of the models, None where none ran.
+        kernel: of the packed weights' own kernel.
+        floor: noise between the two runs.
+        kernel_floor: noise of the kernel.
+        summary: of ``result``.
+        documents: summary of the documents alone, from which intervals are.
+        inside: of the first divergent block.
+    """
+
+    part: Mapping[str, Any]
+    rows: list[Row] | None
+    result: LockstepResult | None
+    kernel: LockstepResult | None
+    floor: Floor | None
+    kernel_floor: Floor | None
+    summary: Summary | None
+    documents: Summary | None
+    inside: Inside | None
+
+    @property
+    def identity(self) -> Identity:
+        """C0."""
+        found = self.part["identity"]
+        differences = tuple(Difference(**d) for d in found["differences"])
+        return Identity(differences, found["fields"], found["pieces"], tuple(found["untested"]))
+
+    @property
+    def fingerprints(self) -> tuple[str | None, str | None]:
+        """Of both sides' weights."""
+        if self.rows is not None:
+            return fingerprints(self.rows)
+        return self.part["reference"]["fingerprint"], self.part["fingerprint"]
+
+    @property
+    def divergent(self) -> Divergence | None:
+        """The first layer beyond the floor."""
+        if self.result is None or self.floor is None:
+            return None
+        return next(iter(divergent(self.result, self.floor)), None)
+
+
+def evidence(f: Findings) -> Evidence:
+    """What the claims are judged on."""
+    part = f.part
+    settings = part["settings"]
+    engines = settings["reference_engine"], settings["candidate_run_by"]
+    recorded = part["reference"]["kind"] == "recording"
+    runner = part["reference"].get("runner") or engines[0] if recorded else engines[0]
+    bits = part["bits"]
+    if f.rows and not part["candidate"]["quantized"]:
+        bits = 16.0
+    budget, source = budget_of(bits, settings["budget_option"])
+    return Evidence(
+        identity=f.identity,
+        rows=f.rows,
+        fingerprints=f.fingerprints,
+        dtypes=(runner["dtype"], engines[1]["dtype"]),
+        recorded=recorded,
+        quantized=bool(part["candidate"]["quantized"]),
+        bits=bits,
+        measured=_measured(f.result, f.summary, f.documents, f.floor, f.inside),
+        limits=_limits(f.floor),
+        kernel=_measured(f.kernel, _summary(f.kernel), None, None, None),
+        kernel_name=part["kernel_name"] or "",
+        kernel_limits=_limits(f.kernel_floor),
+        failed_checks=[f"{c['id']} {c['title']}: {c['detail']}" for c in _checks(part, "FAIL")],
+        uncovered=_uncovered(part),
+        budget=budget,
+        budget_source=source,
+    )
+
+
+def documents_of(records: Sequence[Record], part: Mapping[str, Any]) -> list[Record]:
+    """The natural documents; all scored records where there are none."""
+    groups = {i: g for i, g in part["probes"]["list"]}
+    chosen = [r for r in records if groups.get(r.document) == DOCUMENTS]
+    return chosen or [r for r in records if r.stats.scored.any()] or list(records)
+
+
+def not_verified(f: Findings) -> list[str]:
+    """Sentences on what no claim of this report covers."""
+    part = f.part
+    said = list(part["identity"]["untested"])
+    if f.rows is None:
+        said.append("Weights were not compared tensor by tensor: a recording holds none.")
+    if f.result is None:
+        said.append("The models were not run.")
+        return said
+    said += [f"{s['group']} was left out: {_sentence(s['why'])}" for s in part["probes"]["skipped"]]
+    for r in (part["coverage"] or {}).get("regimes", []):
+        if not r["exercised"] and r["name"] not in REQUIRED:
+            said.append(
+                f"Not exercised: {r['name']} ({r['value']} of {r['needed']}; {r['detail']})."
+            )
+    if any(d == "bfloat16" for d in evidence(f).dtypes):
+        said.append(
+            "In bfloat16, faults smaller than its rounding cannot be seen; float32 shows them."
+        )
+    if part["candidate"]["quantized"] and f.kernel is None:
+        said.append(
+            "The kernel that serves the packed weights was not run; --cand-runner names it."
+        )
+    return said
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
+
+
+def _checks(part: Mapping[str, Any], verdict: str) -> list[dict[str, Any]]:
+    checks = (part["coverage"] or {}).get("checks", [])
+    return [c for c in checks if c["verdict"] == verdict]
+
+
+def _uncovered(part: Mapping[str, Any]) -> list[str]:
+    regimes = (part["coverage"] or {}).get("regimes", [])
+    return [
+        f"{r['name']}: {r['value']} where {r['needed']} is needed ({r['detail']})"
+        for r in regimes
+        if r["name"] in REQUIRED and not r["exercised"]
+    ]
+
+
+def _limits(floor: Floor | None) -> Limits | None:
+    if floor is None:
+        return None
+    best = max(floor.estimators, key=lambda e: e.kl_max)
+    source = f"{floor.k:g} x floor ({best.name}, {floor.dtype})"
+    return Limits(floor.threshold("kl_max"), floor.threshold("rms_logit"), source)
+
+
+def _summary(result: LockstepResult | None) -> Summary | None:
+    return None if result is None else summarise(result.records, draws=200)
+
+
+def _measured(
+    result: LockstepResult | None,
+    summary: Summary | None,
+    documents: Summary | None,
+    floor: Floor | None,
+    inside: Inside | None,
+) -> Measured | None:
+    if result is None or summary is None:
+        return None
+    overall, chosen = summary.overall, documents or summary
+    kl, rms = overall.metrics.get("kl"), overall.metrics.get("rms_diff")
+    first = _first(result, floor)
+    tv = chosen.overall.metrics.get("tv")
+    return Measured(
+        documents=overall.documents,
+        positions=overall.positions,
+        kl_max=None if kl is None else kl.percentiles["100"],
+        kl=chosen.intervals["kl"],
+        rms_max=None if rms is None else rms.percentiles["100"],
+        tv=None if tv is None else tv.mean,
+        non_finite=_non_finite(result, summary),
+        divergent=None if first is None else phrase(first, inside),
+        block_error=_largest(result, floor, first)[0],
+        block_threshold=_largest(result, floor, first)[1],
+        lower_bound=result.head == "top-k",
+    )
+
+
+def _first(result: LockstepResult, floor: Floor | None) -> Divergence | None:
+    return None if floor is None else next(iter(divergent(result, floor)), None)
+
+
+def _largest(
+    result: LockstepResult, floor: Floor | None, first: Divergence | None
+) -> tuple[float | None, float | None]:
+    """Error and threshold of the divergent layer, else of the one that comes nearest to its own."""
+    if first is not None:
+        return first.error, first.threshold
+    if floor is None:
+        return None, None
+    found = []
+    for e in result.errors:
+        alone = e.own is not None
+        error = e.own if alone else e.reached
+        limit = floor.threshold("isolated" if alone else "hidden", e.layer)
+        if error is not None and limit:
+            found.append((error / limit, error, limit))
+    return max(found)[1:] if found else (None, None)
+
+
+def phrase(d: Divergence, inside: Inside | None) -> str:
+    """A layer and where in it, in words."""
+    names = {"embedding": "the embedding", "final": "the final norm"}
+    text = names.get(d.kind, f"block {d.layer} ({d.kind})")
+    if inside is not None and inside.layer == d.layer:
+        text += f" at {inside.tap}"
+    return f"{text}, from position {d.position} of {d.probe} on"
+
+
+def _non_finite(result: LockstepResult, summary: Summary) -> str | None:
+    hidden = min(result.non_finite, key=lambda n: (n.layer, n.probe, n.position), default=None)
+    if hidden is not None:
+        where = {-1: "the embedding", len(result.blocks): "the final norm"}.get(
+            hidden.layer, f"block {hidden.layer}"
+        )
+        return f"first in the {hidden.side}'s output of {where}, position {hidden.position} of {hidden.probe}"
+    if summary.first_non_finite is None:
+        return None
+    document, position, side = summary.first_non_finite
+    return f"first in the {side}'s logits at position {position} of {document}"
+
+
+def finite(x: float | None) -> float | None:
+    """None for what JSON cannot hold."""
+    return x if x is not None and math.isfinite(x) else None

@@ -1,0 +1,395 @@
+"""Everything a comparison measures, as plain data: a *part*. One part is a whole comparison or one shard of it.
+
+Nothing is judged here. The work is divided so that no number depends on the division: tensors of the ledger and batches of
+probes go round the shards; what is there once (floor, checks, coverage) is done by the first. What needs all of it (a look
+into the first divergent block, the most likely tokens at the worst positions) is only done unsharded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..formats.errors import UsageError
+from ..formats.fingerprint import PREFIX
+from ..model.config import GemmaConfig
+from .behaviour import check_greedy_agreement, run_checks
+from .checks import Check
+from .coverage import coverage
+from .divergence import Inside, first_divergent, look_inside, shortest_showing
+from .floor import Floor, measure_floor
+from .identity import SIZE, Identity, compare_identity
+from .lockstep import LockstepResult, run_lockstep
+from .machine import environment
+from .options import DEQUANTIZING, Options, Progress, Silent
+from .probes import ProbeSet, build_probes
+from .recording import compare_recording, compare_recordings
+from .runners import Runner
+from .side import Engine, Side
+from .softcap import (
+    USED,
+    Utilisation,
+    derive,
+    reads_views,
+    stress_for,
+    stressed_check,
+    utilisation,
+)  # fmt: skip
+from .tokenizer import SentencePieceTokenizer, tokenizer_of
+from .weights import compare_weights
+from .worst import contexts, likely_tokens, top_ids
+
+Part = dict[str, Any]
+SCHEMA = "g2kit.part/1"
+_COARSE = {"float64": 0, "float32": 1, "bfloat16": 2}
+TAP_SCORES = 256 << 20  # bytes of attention scores a look into a block may take
+
+
+def measure(
+    ref: Side, cand: Side, options: Options, *, run: bool = True, progress: Progress | None = None
+) -> Part:
+    """Compare two sides.
+
+    Args:
+        ref: the reference.
+        cand: the candidate.
+        options: what to do.
+        run: run the models; False compares identity and weights only.
+        progress: told of bytes and tokens.
+
+    Returns:
+        JSON-ready. Where the two are different models only ``identity`` is filled.
+
+    Raises:
+        G2Error: something cannot be read or run.
+    """
+    meter = progress or Silent()
+    identity = compare_identity(ref, cand)
+    part = _frame(ref, cand, options, identity, run)
+    if identity.of(SIZE):
+        return part
+    if ref.checkpoint is not None and cand.checkpoint is not None:
+        total = sum(t.nbytes for c in (ref.checkpoint, cand.checkpoint) for t in c.tensors.values())
+        meter.start(total // options.share[1], "weights")
+        rows = compare_weights(ref.checkpoint, cand.checkpoint, progress=meter, part=options.share)
+        part["ledger"] = [r.to_json() for r in rows]
+    elif cand.checkpoint is not None and options.share[0] == 0:
+        part["fingerprint"] = _fingerprint(cand, meter)
+    elif cand.recording is not None:
+        part["fingerprint"] = cand.recording.fingerprint
+    if run:
+        _Run(ref, cand, options, part, meter).all()
+    return part
+
+
+def _frame(ref: Side, cand: Side, options: Options, identity: Identity, run: bool) -> Part:
+    kernel = _kernel(cand, options)
+    served = Engine() if kernel else options.candidate
+    return {
+        "schema": SCHEMA,
+        "shard": None if options.shard is None else list(options.shard),
+        "kind": "compare" if run else "weights",
+        "settings": {**options.describe(), "candidate_run_by": served.describe()},
+        "reference": ref.describe(options.reference if run and ref.checkpoint else None),
+        "candidate": cand.describe(options.candidate if run and cand.checkpoint else None),
+        "bits": _bits(cand),
+        "identity": {
+            "differences": [d.to_json() for d in identity.differences],
+            "fields": identity.fields,
+            "pieces": identity.pieces,
+            "untested": list(identity.untested),
+        },
+        "environment": environment((options.reference, options.candidate) if run else ()),
+        "window": ref.config.sliding_window,
+        "ledger": None,
+        "fingerprint": None,
+        "probes": None,
+        "lockstep": None,
+        "kernel": None,
+        "kernel_name": kernel.runner if kernel else None,
+        "floor": None,
+        "kernel_floor": None,
+        "floor_reason": None,
+        "coverage": None,
+        "contexts": {},
+        "pieces": {},
+        "inside": None,
+        "likely": {},
+    }
+
+
+def _kernel(cand: Side, options: Options) -> Engine | None:
+    """The engine that serves packed weights itself, None where none was named."""
+    packed = bool(cand.quantized) and options.candidate.runner not in DEQUANTIZING
+    return options.candidate if packed else None
+
+
+def _bits(side: Side) -> float:
+    """Stored bits per weight of the narrowest matrices."""
+    if side.checkpoint is None:
+        return 16.0
+    packed = [
+        t.source.quantized.bits
+        for t in side.checkpoint.tensors.values()
+        if t.source.quantized is not None
+    ]
+    return float(min(packed, default=16.0))
+
+
+def _fingerprint(side: Side, meter: Progress) -> str:
+    from ..convert import digest
+
+    meter.start(sum(t.nbytes for t in side.opened.tensors.values()), "weights")
+    return digest.root(digest.digests(side.opened, meter))
+
+
+class _Run:
+    """Runs the models and fills a part."""
+
+    def __init__(
+        self, ref: Side, cand: Side, options: Options, part: Part, meter: Progress
+    ) -> None:
+        self.ref, self.cand, self.options, self.part, self.meter = ref, cand, options, part, meter
+        self.kernel = _kernel(cand, options)
+        self.engine = Engine() if self.kernel else options.candidate
+        self.tokenizer = _tokenizer(ref, cand)
+        self.probes = self._probes()
+        self.first = options.share[0] == 0
+
+    def all(self) -> None:
+        """Lockstep, kernel, floor, checks, extras."""
+        self.part["probes"] = {
+            "sha256": self.probes.sha256,
+            "tokens": self.probes.tokens,
+            "documents": len(self.probes),
+            "list": [[p.id, p.group] for p in self.probes],
+            "skipped": [dict(s) for s in self.probes.skipped],
+        }
+        layers = self.ref.config.num_hidden_layers + 1
+        self.meter.start(self.probes.tokens * layers // self.options.share[1], "models", "tokens")
+        result = self._compare()
+        self.part["lockstep"] = result.to_json()
+        self.part["contexts"] = contexts(result.records, self.probes, self.tokenizer)
+        self._add_pieces(top_ids(result.records))
+        if self.kernel is not None:
+            self.part["kernel"] = self._compare_kernel(self.kernel).to_json()
+        if self.first:
+            self._floors(result)
+            self._checks()
+        if self.options.shard is None:
+            self._extras(result)
+
+    def _probes(self) -> ProbeSet:
+        o = self.options
+        if self.ref.recording is not None:
+            if o.text is not None or o.tokens is not None:
+                raise UsageError(
+                    "a recording has its own tokens, so --text and --tokens do not apply.",
+                    fix="leave them out, or record again with them.",
+                )
+            return self.ref.recording.probes
+        return build_probes(
+            self.ref.config, self.tokenizer, o.profile, text=o.text, tokens=o.tokens, seed=o.seed
+        )
+
+    def _compare(self) -> LockstepResult:
+        o, share = self.options, self.options.share
+        kind: dict[str, Any] = {
+            "batch_tokens": o.batch_tokens, "shard": share, "progress": self.meter,
+        }  # fmt: skip
+        if self.ref.recording is not None and self.cand.recording is not None:
+            return compare_recordings(self.ref.recording, self.cand.recording, **kind)
+        if self.ref.recording is not None:
+            with self.cand.open_runner(self.engine) as runner:
+                return compare_recording(
+                    self.ref.recording, runner, device=_place(self.engine), **kind
+                )
+        with (
+            self.ref.open_runner(o.reference) as one,
+            self.cand.open_runner(self.engine) as two,
+        ):
+            return run_lockstep(one, two, self.probes, device=_place(self.engine), **kind)
+
+    def _compare_kernel(self, kernel: Engine) -> LockstepResult:
+        with self.cand.open_runner(Engine()) as one, self.cand.open_runner(kernel) as two:
+            return run_lockstep(
+                one, two, self.probes, batch_tokens=self.options.batch_tokens,
+                shard=self.options.share, progress=self.meter,
+            )  # fmt: skip
+
+    # ---- what is there once
+
+    def _floors(self, result: LockstepResult) -> None:
+        """Noise between the two runs; ``own`` is that of the candidate alone, for its checks."""
+        self.own: Floor | None = None
+        try:
+            self._measure_floors(result)
+        except UsageError as e:  # no finite position, or no estimator: claims will say so
+            self.part["floor_reason"] = str(e)
+
+    def _measure_floors(self, result: LockstepResult) -> None:
+        o = self.options
+        tiles = result.head == "tiles"
+        mine = self.engine.computes_in
+        if self.ref.recording is None:
+            theirs = o.reference.computes_in
+            dtype = max(theirs, mine, key=_COARSE.__getitem__)
+            self.own = self._floor(self.ref, dtype, o.reference, tiles)
+            self.part["floor"] = self.own.to_json()
+        else:
+            self._recorded_floors(mine, tiles)
+        if self.kernel is not None:
+            # kernels may round activations to 8 bits a block, which bfloat16's 8 bits of mantissa are nearest to
+            floor = self._floor(self.cand, "bfloat16", Engine(), tiles=True, kernel=self.kernel)
+            self.part["kernel_floor"] = floor.to_json()
+
+    def _recorded_floors(self, mine: str, tiles: bool) -> None:
+        recording = self.ref.recording
+        assert recording is not None
+        other = self.cand.recording
+        if self.cand.checkpoint is not None:
+            self.own = self._floor(self.cand, mine, self.engine, tiles)
+        elif other is not None and other.floor is not None:
+            self.own = Floor.from_json(other.floor)
+        if recording.floor is None or self.own is None:
+            self.part["floor_reason"] = "a recording carries no noise floor"
+            return
+        both = Floor.from_json(recording.floor).plus(self.own)
+        self.part["floor"] = replace(both, k=self.options.k).to_json()
+
+    def _floor(
+        self, side: Side, dtype: str, engine: Engine, tiles: bool, kernel: Engine | None = None
+    ) -> Floor:
+        name = engine.runner if engine.runner in DEQUANTIZING else "torch"
+        served = (kernel or self.engine).runner
+        return measure_floor(
+            side.opened, list(self.probes), dtype, runner=name,
+            device=engine.device if name == engine.runner else None,
+            emulate="llama_cpp" if served == "llama_cpp" and name == "torch" else None,
+            tiles=tiles, k=self.options.k, batch_tokens=self.options.batch_tokens,
+        )  # fmt: skip
+
+    def _checks(self) -> None:
+        """What the candidate must do by itself, and coverage."""
+        if self.cand.checkpoint is None:
+            self.part["coverage"] = coverage(self.ref.config, self.probes)
+            return
+        found: list[Check] = []
+        with self.cand.open_runner(self.kernel or self.engine) as runner:
+            used = self._utilisation(runner)
+            found += run_checks(runner, self.probes, self.own, used=used)
+        if self.probes.profile != "smoke":
+            found += self._pair_checks(used)
+        self.part["coverage"] = coverage(self.ref.config, self.probes, found, used)
+
+    def _utilisation(self, runner: Runner) -> Utilisation:
+        """Of the reference where it runs here, else of the candidate."""
+        if self.ref.checkpoint is None:
+            return utilisation(runner, list(self.probes))
+        with self.ref.open_runner(self.options.reference) as other:
+            return utilisation(other, list(self.probes))
+
+    def _pair_checks(self, used: Utilisation) -> list[Check]:
+        if self.ref.checkpoint is None or self.kernel is not None or self.cand.quantized:
+            return []
+        found = []
+        with (
+            self.ref.open_runner(self.options.reference) as one,
+            self.cand.open_runner(self.engine) as two,
+        ):
+            found.append(check_greedy_agreement(one, two, self.probes, self.own))
+        return found + (self._stressed(used) if _low(used) else [])
+
+    def _stressed(self, used: Utilisation) -> list[Check]:
+        """Both sides changed alike, so that their soft-caps are reached."""
+        pair = (self.options.reference, self.engine)
+        if not all(reads_views(e.runner) for e in pair):
+            return []
+        stress = stress_for(used)
+        sides = [Side(s.path, derive(s.opened, stress), None) for s in (self.ref, self.cand)]
+        dtype = max((e.computes_in for e in pair), key=_COARSE.__getitem__)
+        try:
+            floor: Floor | None = self._floor(sides[0], dtype, pair[0], tiles=False)
+        except UsageError:
+            floor = None
+        with sides[0].open_runner(pair[0]) as one, sides[1].open_runner(pair[1]) as two:
+            return [stressed_check(one, two, list(self.probes), floor)]
+
+    # ---- what needs all of it
+
+    def _extras(self, result: LockstepResult) -> None:
+        if self.ref.checkpoint is None or self.cand.checkpoint is None:
+            return
+        with (
+            self.ref.open_runner(self.options.reference) as one,
+            self.cand.open_runner(self.engine) as two,
+        ):
+            inside = self._inside(one, two, result)
+            if inside is not None:
+                self.part["inside"] = _plain_inside(inside)
+            likely = likely_tokens(one, two, result.records, self.probes)
+        self.part["likely"] = likely
+        self._add_pieces(
+            {int(i) for place in likely.values() for top in place.values() for i, _ in top}
+        )
+
+    def _add_pieces(self, ids: Iterable[int]) -> None:
+        if self.tokenizer is not None:
+            self.part["pieces"] |= {str(i): self.tokenizer.piece(i) for i in ids}
+
+    def _inside(self, one: Runner, two: Runner, result: LockstepResult) -> Inside | None:
+        if self.own is None or not ({"taps", "replay"} <= one.gives & two.gives):
+            return None
+        at = first_divergent(result, self.own)
+        if at is None or not 0 <= at.layer < self.ref.config.num_hidden_layers or at.error is None:
+            return None
+        tokens = shortest_showing(result, self.probes, at)
+        if tokens is None or not fits(self.ref.config, tokens):
+            return None
+        return look_inside(one, two, tokens, at.layer, self.own)
+
+
+def fits(config: GemmaConfig, tokens: Sequence[int] | np.ndarray[Any, Any]) -> bool:
+    """Whether whole score matrices of these tokens may be held, of both sides."""
+    return 2 * 8 * config.num_attention_heads * len(tokens) ** 2 <= TAP_SCORES
+
+
+def _low(used: Utilisation) -> bool:
+    return any(u is not None and u < USED for u in (*used.layers, used.final))
+
+
+def _plain_inside(inside: Inside) -> dict[str, Any]:
+    return {n: getattr(inside, n) for n in ("layer", "tap", "position", "error", "diagonal")}
+
+
+def _place(engine: Engine) -> str:
+    """Where the head's products are made: on the runner's device where torch knows it."""
+    return engine.device if engine.runner == "torch" and engine.device else "cpu"
+
+
+def _tokenizer(ref: Side, cand: Side) -> SentencePieceTokenizer | None:
+    for side in (ref, cand):
+        if side.checkpoint is not None:
+            found = tokenizer_of(side.checkpoint)
+            if found is not None:
+                return found
+    return None
+
+
+def key_of(part: Part) -> str:
+    """What all shards of one comparison have in common, hashed."""
+    common = {
+        n: part[n]
+        for n in ("kind", "settings", "reference", "candidate", "identity", "environment", "bits")
+    }
+    common["probes"] = part["probes"]
+    text = json.dumps(common, sort_keys=True, allow_nan=False)
+    return PREFIX + hashlib.sha256(text.encode()).hexdigest()
+
+
+__all__ = ["SCHEMA", "Part", "fits", "key_of", "measure"]
