@@ -5,7 +5,6 @@ Runs the installed commands as a user would and prints them; every step's finger
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -41,12 +40,13 @@ def main(root: Path) -> None:
         dst = str(root / name)
         print(g2conv(*command.format(src=src, dst=dst).split()))
         src = dst
-        prints[name] = json.loads(g2conv("fingerprint", dst, "--json"))["fingerprint"]
-        print(f"{prints[name]}\n")
+        line = g2conv("fingerprint", dst)
+        prints[name] = line.split()[0]
+        print(line)
     print(g2conv("inspect", str(root / "2-safetensors")))
     if len(set(prints.values())) != 1:
         sys.exit(f"the fingerprints differ: {prints}")
-    print(f"\nall {len(prints)} checkpoints have the fingerprint {next(iter(prints.values()))}\n")
+    print(f"all {len(prints)} checkpoints have the fingerprint {next(iter(prints.values()))}\n")
     generate(root / "2-safetensors")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from .. import __version__
 from ..formats.sharded import parse_size
@@ -42,6 +43,12 @@ class Commands(click.Group):
         if pair and pair[1] in TARGETS and pair[2] in TARGETS:
             return _pair_command(pair[1], pair[2])
         return super().get_command(ctx, name)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands, and every ``A-to-B`` once its first letter is there."""
+        pairs = [f"{a}-to-{b}" for a in FRAMEWORKS for b in FRAMEWORKS] if incomplete else []
+        found = [CompletionItem(p) for p in pairs if p.startswith(incomplete)]
+        return super().shell_complete(ctx, incomplete) + found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -106,7 +113,9 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("src", type=click.Path(path_type=Path)),
         click.argument("dst", type=click.Path(path_type=Path)),
         click.option(
-            "--layout", metavar="NAME", help="Layout of the output (see the README's matrix)."
+            "--layout",
+            metavar="NAME",
+            help="Layout of the output; `g2conv A-to-B --help` names those of B, the usual one first.",
         ),
         click.option(
             "--dtype",
@@ -116,10 +125,12 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
             help="Element type to write. Narrowing is counted and recorded in the manifest.",
         ),
         click.option(
-            "--max-shard-size", metavar="SIZE", help="Largest file, such as 5GB or 500MiB."
+            "--max-shard-size", metavar="SIZE", help="Most bytes of weights in a file, such as 5GB."
         ),
         click.option(
-            "--tokenizer", metavar="FILE", help="The tokenizer.model to put into the output."
+            "--tokenizer",
+            metavar="FILE|DIR",
+            help="The tokenizer.model to put into the output, instead of the one beside the source.",
         ),
         click.option(
             "--check",
@@ -139,7 +150,7 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
             help="GGUF: scale the query projection for llama.cpp although that rounds.",
         ),
         click.option(
-            "--dry-run", is_flag=True, help="Print the plan, sizes and memory; write nothing."
+            "--dry-run", is_flag=True, help="Print the plan, sizes, memory and time; write nothing."
         ),
         click.option(
             "--resume/--no-resume",
@@ -226,7 +237,11 @@ def check(dst: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @g2conv.command(short_help="Write the bundled model, a small trained Gemma 2.")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "--to", type=click.Choice(FRAMEWORKS), default="safetensors", show_default=True, help="Format."
+    "--to",
+    type=click.Choice(FRAMEWORKS),
+    default="safetensors",
+    show_default=True,
+    help="Format to write.",
 )
 @click.option("--layout", metavar="NAME", help="Layout of that format.")
 @click.option("--overwrite", is_flag=True, help="Replace DIRECTORY.")

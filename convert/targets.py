@@ -217,13 +217,12 @@ def single_file(dst: Path, target: Target) -> str | None:
         return None
     own = " or ".join(target.single_file)
     one = f", or one ending in {own} for a single file" if own else ""
-    other = [f"to write {n}, convert with `--to {n}`" for n in owners if n != target.name]
+    other = "".join(f"; to write {n}, convert with `--to {n}`" for n in owners if n != target.name)
+    whose = f"belongs to a file of {owners[0]}" if other else "is no suffix g2kit knows"
     raise UsageError(
-        f"the destination {printable(dst.name)} ends in {suffix}, which is not a name for {target.name}.",
+        f"the suffix {printable(suffix)} {whose}, and {target.name} is to be written.",
         where=dst,
-        fix=f"pass a name without {suffix} for a directory{one}"
-        + "".join(f"; {o}" for o in other)
-        + ".",
+        fix=f"pass a name without {printable(suffix)} for a directory{one}{other}.",
     )
 
 

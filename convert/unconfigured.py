@@ -47,6 +47,7 @@ def inspection(path: Path, reason: UnknownConfigError) -> dict[str, Any]:
             "config": None,
             "config_unknown": {"why": reason.what, "fix": reason.fix},
             "sizes": reason.found or {},
+            "unstored": reason.expected or [],
             "origin": {},
             "embedding": {"vocab_size": None, "source_rows": _rows(source.tensors, fits[0])},
             "gating": None,

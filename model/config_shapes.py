@@ -113,6 +113,7 @@ def _unknown(family: Family, shapes: Mapping[str, int], where: Where) -> ConfigE
         f"{json.dumps(example, ensure_ascii=False)} with every … filled in, or --config with a preset name if "
         "the shapes are wrong.",
         found={_LABELS[axis]: size for axis, size in shapes.items()},
+        expected=list(_UNSTORED[family]),
     )
 
 

@@ -193,10 +193,10 @@ def test_usage_errors_are_one_line(args: tuple[str, ...], words: tuple[str, ...]
     ("to", "name", "words"),
     [
         ("safetensors", "out.gguf", ("`--to gguf`", ".safetensors for a single file")),
-        ("flax", "out.ckpt", ("`--to torch`", "without .ckpt")),
+        ("flax", "out.ckpt", ("`--to torch`", "without .ckpt", "belongs to a file of torch")),
         ("gguf", "out.safetensors", ("`--to safetensors`",)),
         ("torch", "model.weights.h5", ("`--to keras`", ".ckpt or .pt")),
-        ("keras", "m.keras", ("a directory",)),
+        ("keras", "m.keras", ("a directory", "is no suffix g2kit knows")),
         ("gguf", "M.GGUF", ("ending in .gguf",)),
     ],
 )
@@ -232,6 +232,30 @@ def test_an_odd_number_of_layers_names_the_layouts_that_hold_it(
     assert (status, want in err) == (2, True), err
     for name in want.removeprefix("one of ").rstrip(".").split(", ") if "one of" in want else ():
         assert run("convert", src, tmp_path / name, "--to", to, "--layout", name, "-q")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        ("flax-to-", ["flax-to-flax", "flax-to-keras", "flax-to-gguf"]),
+        ("in", ["inspect"]),
+        ("", ["convert", "check"]),
+        ("convert --to ", ["flax", "gguf"]),
+        ("flax-to-gguf --dt", ["--dtype"]),
+    ],
+)
+def test_shell_completion(words: str, want: list[str]) -> None:
+    typed = ["g2conv", *words.split(" ")]
+    env = {
+        **os.environ,
+        "_G2CONV_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"g2conv {words}",
+        "COMP_CWORD": str(len(typed) - 1),
+    }
+    done = subprocess.run([EXE], env=env, capture_output=True, text=True, check=False)
+    offered = {line.partition(",")[2] for line in done.stdout.splitlines()}
+    assert offered >= set(want)
+    assert all(o.startswith(typed[-1]) for o in offered)
 
 
 # ---- advice

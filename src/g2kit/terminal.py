@@ -142,7 +142,7 @@ def _as_error(e: BaseException) -> G2Error:
 
 def _usage_error(e: click.UsageError) -> UsageError:
     """Click's own complaints, which may have several lines, as one sentence."""
-    what, fix = " ".join(e.format_message().split()), None
+    what, fix = " ".join(e.format_message().split()).rstrip(".") + ".", None
     if e.ctx:
         usage = " ".join(e.ctx.get_usage().removeprefix("Usage:").split())
         fix = f"the usage is `{usage}`; see `{e.ctx.command_path} --help`."
