@@ -1,0 +1,122 @@
+"""A verification report as at most 40 lines of Markdown, for a comment or a terminal."""
+
+from __future__ import annotations
+
+import re
+
+from .markup import clip, visible
+from .numerals import NOTHING, count, number, percent
+from .parts import Document
+
+LINES = 40
+_WIDTH = 300
+_MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "ERROR": "⚠️"}
+
+
+def plain(text: str, limit: int = _WIDTH) -> str:
+    """Text that Markdown takes as text: one line, no markup, no link, no mention, no cell border."""
+    shown = clip(visible(text), limit)
+    escaped = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", shown)
+    # a word joiner keeps @name and www./http: from becoming mentions and links
+    return re.sub(r"@(?=\w)|(?<=http)(?=s?:)|(?<=www)(?=\.)", lambda m: m[0] + "\u2060", escaped)
+
+
+def code(text: str, limit: int = 120) -> str:
+    """Text as a code span."""
+    return f"`{clip(visible(text), limit).replace('`', 'ˋ').replace('|', '¦')}`"
+
+
+def markdown(document: Document) -> str:
+    """The report in short: verdict, claims, figures, what was not verified.
+
+    Returns:
+        At most 40 lines, ending in a line end. What does not fit is counted.
+    """
+    verdict = document["verdict"]
+    head = [f"## {_mark(verdict)} g2verify: {verdict}", "", plain(document["summary"]), ""]
+    tail = [_identity(document), f"Report {code(document['content_id'])}"]
+    claims = [
+        f"| {_mark(c['verdict'])} {c['verdict']} | **{plain(c['id'])}** {plain(c['title'])} | {plain(c['sentence'])} |"
+        for c in document["claims"]
+    ]
+    middle: list[str] = []
+    if claims:
+        middle += ["| | claim | |", "|---|---|---|", *_most(claims, 12, "| | {} | |"), ""]
+    middle += [*_metrics(document), *_self_test(document), *_differences(document)]
+    unverified = [f"- {plain(t)}" for t in document["not_verified"]]
+    if unverified:
+        middle += ["**Not verified**", "", *_most(unverified, 8, "- {}"), ""]
+    lines = [*head, *middle, "", *tail]
+    lines = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
+    return "\n".join(lines[:LINES]) + "\n"
+
+
+def _mark(verdict: str) -> str:
+    return _MARKS.get(verdict, "•")
+
+
+def _most(lines: list[str], limit: int, rest: str) -> list[str]:
+    if len(lines) <= limit:
+        return lines
+    return [*lines[: limit - 1], rest.format(f"and {len(lines) - limit + 1} more")]
+
+
+def _metrics(document: Document) -> list[str]:
+    metrics = document.get("metrics")
+    if not metrics or not metrics["overall"]["metrics"]:
+        return []
+    o = metrics["overall"]
+    kl = o["metrics"]["kl"]
+    worst, floor = kl["percentiles"], (document.get("floor") or {}).get("kl_max")
+    figures = (
+        f"KL mean {number(kl['mean'])}, 99 % {number(worst['99'])}, max {number(worst['100'])} nats",
+        f"noise floor {number(floor)}" if floor is not None else None,
+        f"sampled tokens that differ {percent(o['metrics']['tv']['mean'])}",
+        f"same top-1 {percent(o['agreement'])} ({count(o['real_flips'], 'real flip')})",
+        f"perplexity {number(o['perplexity_ref'], 5)} → {number(o['perplexity_cand'], 5)}"
+        if o["perplexity_ref"]
+        else None,
+    )
+    evaluated = f"{count(o['positions'], 'position')} of {count(o['documents'], 'document')}"
+    return [
+        f"**Figures** ({evaluated}): {'; '.join(f for f in figures if f)}.",
+        "",
+        *_first(document),
+    ]
+
+
+def _first(document: Document) -> list[str]:
+    blocks = document.get("blocks") or {}
+    first = blocks.get("first_divergent")
+    if not first:
+        return []
+    where = f"block {first['layer']}" + (f", {plain(first['tap'])}" if first.get("tap") else "")
+    position = "" if first.get("position") is None else f", position {first['position']}"
+    why = "".join(f" {plain(h['text'])}." for h in blocks["hypotheses"][:2])
+    return [f"**First divergence**: {where}{position}.{why}", ""]
+
+
+def _self_test(document: Document) -> list[str]:
+    test = document.get("self_test")
+    if not test:
+        return []
+    missed = [plain(m["title"]) for m in test["mutants"] if not m["caught_by"]]
+    tail = f"; missed: {clip(', '.join(missed), _WIDTH)}" if missed else ""
+    return [f"**Self-test**: {test['caught']} of {test['of']} injected faults caught{tail}.", ""]
+
+
+def _differences(document: Document) -> list[str]:
+    fields = [plain(d["field"], 60) for d in document["differences"]]
+    return (
+        [f"**Configurations differ** in {clip(', '.join(fields), _WIDTH)}.", ""] if fields else []
+    )
+
+
+def _identity(document: Document) -> str:
+    sides = [document["identity"].get(s) for s in ("reference", "candidate")]
+    shown = [
+        f"{code(s['path'] or NOTHING)} ({code(s['fingerprint'] or 'no fingerprint')})"
+        for s in sides
+        if s
+    ]
+    return " → ".join(shown)

@@ -1,0 +1,93 @@
+"""A fragment for a model card: the section to paste, and the figures in the model-index form of its front matter."""
+
+from __future__ import annotations
+
+import json
+
+from .markdown import code, plain
+from .numerals import count
+from .parts import Document
+
+# name in the model index, type, where it is in the summary
+_METRICS = (
+    ("KL divergence, mean (nats)", "kl_mean", ("metrics", "kl", "mean")),
+    ("KL divergence, max (nats)", "kl_max", ("metrics", "kl", "percentiles", "100")),
+    ("Total variation, mean", "total_variation", ("metrics", "tv", "mean")),
+    ("Same most likely token", "top1_agreement", ("agreement",)),
+    ("Perplexity", "perplexity", ("perplexity_cand",)),
+)
+
+
+def model_card(document: Document) -> str:
+    """Markdown: ``## Conversion & verification`` with its figures, ended by the front matter to merge.
+
+    Figures that do not exist are left out.
+    """
+    claims = [
+        f"- **{plain(c['id'])}** {plain(c['title'])}: {c['verdict']}. {plain(c['sentence'])}"
+        for c in document["claims"]
+    ]
+    unverified = [f"- {plain(t)}" for t in document["not_verified"]]
+    reference = document["identity"].get("reference") or {}
+    lines = [
+        "## Conversion & verification",
+        "",
+        f"Verdict of `g2verify`: **{document['verdict']}**. {plain(document['summary'])}",
+        "",
+        *claims,
+        "",
+        *(["Not verified:", "", *unverified, ""] if unverified else []),
+        *_reference(reference),
+        f"Report: {code(document['content_id'])}",
+        "",
+        *_front_matter(document),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _reference(side: Document) -> list[str]:
+    if not side.get("fingerprint"):
+        return []
+    parameters = (
+        f", {count(side['parameters'], 'parameter')}" if side.get("parameters") is not None else ""
+    )
+    return [f"Reference: {code(side['fingerprint'])}{parameters}", ""]
+
+
+def _front_matter(document: Document) -> list[str]:
+    """YAML; its strings are written as JSON, which YAML reads."""
+    overall = (document.get("metrics") or {}).get("overall")
+    if not overall:
+        return []
+    metrics = []
+    for name, kind, path in _METRICS:
+        value = _at(overall, path)
+        if value is not None:
+            metrics.append(
+                f"        - name: {json.dumps(name)}\n          type: {kind}\n          value: {value!r}"
+            )
+    if not metrics:
+        return []
+    return [
+        "```yaml",
+        "model-index:",
+        '  - name: ""',
+        "    results:",
+        "    - task: {type: text-generation}",
+        f"      dataset: {{name: {json.dumps(_probes(document))}, type: probes}}",
+        "      metrics:",
+        *metrics,
+        "```",
+    ]
+
+
+def _probes(document: Document) -> str:
+    settings = document["settings"]
+    return f"g2verify probes, profile {settings.get('profile') or 'unknown'}"
+
+
+def _at(data: Document, path: tuple[str, ...]) -> float | None:
+    value: object = data
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None
