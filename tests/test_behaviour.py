@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from memory import checkpoint, random_weights
 
 from g2kit.convert import convert, open_checkpoint
 from g2kit.convert.open import Checkpoint
-from g2kit.formats.dtypes import F32
+from g2kit.formats.dtypes import BF16, F32
 from g2kit.model import canonical
 from g2kit.model.config import PRESETS, GemmaConfig
 from g2kit.model.sample import sample_dir
@@ -378,7 +380,40 @@ def test_decoding_starts_within_the_window_and_ends_past_it(
             return made
 
     assert check_decode(Counts(open_runner("torch", good)), probes, FLOOR).verdict == "PASS"
-    assert lengths == [1] * 12, "a window of 4: from position 0 to 11, one by one"
+    assert lengths == [1] * 64, (
+        "a window of 4 in a context of 64: one by one, many times round the cache"
+    )
+
+
+@pytest.mark.parametrize("arch", ["gemma-2b", "gemma2-2b", "sample"])
+def test_the_estimate_is_what_is_run(arch: str) -> None:
+    opened = open_checkpoint(sample_dir()) if arch == "sample" else model(arch)
+    chosen = build_probes(opened.config, tokenizer_of(opened), "ci")
+    ran: list[tuple[int, int]] = []  # tokens, passes
+
+    class Counts(Wrapped):
+        def start(self, tokens: Tokens, padding: Any = None) -> Array | None:
+            ran.append((np.size(tokens), 1))
+            return super().start(tokens, padding)
+
+        def replay(self, hidden: Array, tap: Tap | None = None) -> Array:
+            if self.layer == 1:  # of the block that is there already
+                ran.append((hidden.shape[0] * hidden.shape[1], 0))
+            return super().replay(hidden, tap)
+
+        def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
+            made = self.inner.decoder(batch, capacity)
+            step = made.step
+            made.step = lambda t, p=None: (ran.append((np.size(t), 1)), step(t, p))[1]  # type: ignore[method-assign]
+            return made
+
+    with opened, open_runner("torch", opened) as runner:
+        run_checks(Counts(runner), chosen, FLOOR)
+    found = behaviour.cost(opened.config, chosen)
+    assert (found.tokens, found.passes) == (sum(t for t, _ in ran), sum(p for _, p in ran))
+    big = PRESETS["gemma2-2b"].config
+    assert 0 < behaviour.cost(big, build_probes(big, None, "ci")).tokens < 12_000
+    assert behaviour.cost(big, build_probes(big, None, "smoke")) == behaviour.Cost(0, 0)
 
 
 def test_prompts_are_prefilled_in_pieces_that_fit(
@@ -387,7 +422,7 @@ def test_prompts_are_prefilled_in_pieces_that_fit(
     monkeypatch.setattr(decoding, "BEFORE", -3)
     monkeypatch.setattr(decoding, "LOGIT_BYTES", 4 * 64 * 2)
     with open_runner("torch", good) as runner:
-        assert [(s.start, s.stop) for s in decoding._chunks(7, 64)] == [
+        assert [(s.start, s.stop) for s in decoding.chunks(7, 64)] == [
             (0, 2),
             (2, 4),
             (4, 6),
@@ -540,7 +575,7 @@ def test_utilisation_is_what_the_forward_pass_has(good: Checkpoint, probes: Prob
 
     config = good.config
     weights = {n: torch.from_numpy(np.array(t.read(), np.float32)) for n, t in good.tensors.items()}
-    chosen = softcap._affordable(config, list(probes))
+    chosen = softcap.affordable(config, list(probes))
     seen, final = np.zeros(4), 0.0
     for p in chosen:
         ids = torch.from_numpy(p.tokens.copy())[None]
@@ -566,7 +601,7 @@ def test_probes_whose_scores_are_too_large_are_left_out(probes: ProbeSet) -> Non
     big = PRESETS["gemma2-27b"].config
     long = build_probes(big, None, "ci")
     assert max(len(p.tokens) for p in long) > 4096
-    assert 0 < max(len(p.tokens) for p in softcap._affordable(big, list(long))) <= 512
+    assert 0 < max(len(p.tokens) for p in softcap.affordable(big, list(long))) <= 512
 
 
 def quiet() -> Checkpoint:
@@ -633,10 +668,24 @@ def test_a_derived_checkpoint_is_scaled_exactly() -> None:
         1 + norm, 4 * (1 + opened.tensors[canonical.FINAL_NORM].read()), rtol=1e-6
     )
     assert made.tensors[canonical.EMBED] is opened.tensors[canonical.EMBED]
+    narrow = checkpoint(
+        opened.config, {n: t.read().astype(BF16) for n, t in opened.tensors.items()}
+    )
+    wide = checkpoint(opened.config, {n: t.read().astype(F32) for n, t in narrow.tensors.items()})
+    for name in (canonical.Q.format(i=3), canonical.FINAL_NORM):
+        a, b = (derive(c, stress).tensors[name] for c in (narrow, wide))
+        assert a.dtype == b.dtype == a.read().dtype == F32
+        np.testing.assert_array_equal(a.read(), b.read(), "whatever the files store it in")
     same = derive(opened, softcap.Stress((0,) * 4, 0))
     for name, tensor in opened.tensors.items():
         assert same.tensors[name].dtype == tensor.dtype
         np.testing.assert_array_equal(same.tensors[name].read(), tensor.read())
+
+
+def test_the_checks_are_light_to_import() -> None:
+    code = "import g2kit.verify.behaviour, sys; print(*{'torch', 'jax', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_a_runner_of_files_is_not_given_a_view(good: Checkpoint, probes: ProbeSet) -> None:

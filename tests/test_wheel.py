@@ -46,6 +46,9 @@ def test_everything_that_is_needed_is_there(wheel: Path) -> None:
         for p in (ROOT / folder).rglob("*.py")
     }
     assert sources <= names
+    texts = {f"g2kit/{p.relative_to(ROOT)}" for p in (ROOT / "verify/texts").iterdir()}
+    assert len(texts) > 10
+    assert texts <= names
     for name in (
         "py.typed",
         "terminal.py",

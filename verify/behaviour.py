@@ -7,22 +7,30 @@ that the probes do not reach, is INCONCLUSIVE and says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..model.config import GemmaConfig
 from .checks import Check, Floor, Question, kl, limit_of, logits_at, worst
 from .coverage import coverage, queries_past_window
-from .decoding import check_decode, check_greedy, check_greedy_agreement
+from .decoding import (
+    check_decode,
+    check_greedy,
+    check_greedy_agreement,
+    chunks,
+    crossing,
+    greedy_prompt,
+)
 from .probes import Probe, ProbeSet, is_small
 from .runners.base import Runner
-from .softcap import Utilisation, softcap_checks, utilisation
+from .softcap import Utilisation, affordable, softcap_checks, utilisation
 
 __all__ = [
-    "Check", "Floor", "check_decode", "check_greedy", "check_greedy_agreement", "check_mask",
-    "coverage", "run_checks", "utilisation",
+    "Check", "Cost", "Floor", "check_decode", "check_greedy", "check_greedy_agreement", "check_mask",
+    "cost", "coverage", "run_checks", "utilisation",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,21 +63,69 @@ def run_checks(
     Raises:
         G2Error: the runner fails.
     """
-    config, full = runner.config, probes.profile == "full"
+    config = runner.config
     found = [_check_window(runner, probes)] if config.sliding_window is not None else []
     if probes.profile == "smoke":
         return found
     used = utilisation(runner, list(probes)) if used is None else used
     found += softcap_checks(config, used)
-    if config.sliding_window is not None and (full or is_small(config)):
+    if _runs_mask(config, probes):
         found.append(check_mask(runner, probes))
     found += [check_padding(runner, probes, floor), check_bos(runner, probes, floor)]
-    steps = 64 if full or is_small(config) else 8
     return [
         *found,
         check_decode(runner, probes, floor),
-        check_greedy(runner, probes, floor, steps=steps),
+        check_greedy(runner, probes, floor, steps=_greedy_steps(config, probes)),
     ]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What :func:`run_checks` takes of a runner with all abilities.
+
+    Attributes:
+        tokens: tokens run, padding included; a token is one forward pass.
+        passes: times that all blocks are gone through, which a streaming runner reads from its files each time.
+    """
+
+    tokens: int
+    passes: int
+
+
+def cost(config: GemmaConfig, probes: ProbeSet) -> Cost:
+    """Work of :func:`run_checks` with ``used`` not given."""
+    if probes.profile == "smoke":
+        return Cost(0, 0)
+    capped = config.attn_logit_softcapping or config.final_logit_softcapping
+    parts = [Cost(len(p.tokens), 1) for p in affordable(config, list(probes)) if capped]
+    mask = _mask_batch(config, probes) if _runs_mask(config, probes) else None
+    if mask is not None:
+        parts.append(Cost(2 * mask.size, 1))
+    prompt = _prompt(config, probes)
+    if prompt is not None:
+        batches = [_mixed(prompt, b.shift, 0)[0].size for b in _BATCHES]
+        parts += [Cost(n, 1) for n in (len(prompt), *batches)]
+    bos = _bos_prompt(config, probes)
+    if bos is not None:
+        parts.append(Cost(3 * len(bos), 3))
+    plan = crossing(config, probes)
+    if plan is not None:
+        single = len(plan.tokens) - plan.start
+        prefills = len(list(chunks(plan.start, config.vocab_size)))
+        parts.append(Cost(2 * len(plan.tokens), 1 + prefills + single))
+    start, count = greedy_prompt(config, probes, _greedy_steps(config, probes))
+    if count:
+        parts.append(Cost(2 * (len(start) + count - 1), 1 + count))
+    return Cost(sum(p.tokens for p in parts), sum(p.passes for p in parts))
+
+
+def _greedy_steps(config: GemmaConfig, probes: ProbeSet) -> int:
+    return 64 if probes.profile == "full" or is_small(config) else 8
+
+
+def _runs_mask(config: GemmaConfig, probes: ProbeSet) -> bool:
+    """Where the sequence past the window is not the most expensive part of the profile, four times over."""
+    return config.sliding_window is not None and (probes.profile == "full" or is_small(config))
 
 
 def _check_window(runner: Runner, probes: ProbeSet) -> Check:
@@ -98,13 +154,11 @@ def check_mask(runner: Runner, probes: Sequence[Probe] | ProbeSet) -> Check:
         return MASK.unanswered(f"the {runner.name} runner does not give replay.")
     if window is None:
         return MASK.unanswered("the model has no sliding window.")
-    crossing = [p for p in probes if len(p.tokens) > window + 1]
-    if not crossing:
+    tokens = _mask_batch(config, probes)
+    if tokens is None:
         return MASK.unanswered(f"no probe is longer than the window of {window} by two.")
-    wanted = [p for p in crossing if len(p.tokens) > window + PAD] or crossing
-    tokens = min(wanted, key=lambda p: len(p.tokens)).tokens[: window + PAD + 1]
-    rows = np.arange(min(MASK_ROWS, len(tokens) - window))
-    before = runner.start(np.repeat(tokens[None], len(rows), 0))
+    rows = np.arange(len(tokens))
+    before = runner.start(tokens)
     wrong: list[str] = []
     faded: list[str] = []
     for layer in range(config.num_hidden_layers):
@@ -126,6 +180,16 @@ def check_mask(runner: Runner, probes: Sequence[Probe] | ProbeSet) -> Check:
         return MASK.answer(not wrong, right, float(count), f"{said}.")
     why = f"the effect of a key is too small to see: {'; '.join(faded)}."
     return MASK.unanswered(why, right, float(count))
+
+
+def _mask_batch(config: GemmaConfig, probes: Iterable[Probe]) -> Array | None:
+    """Rows of the same tokens, some more than the window; None where no probe has two more."""
+    window = config.sliding_window or 0
+    past = [p.tokens for p in probes if len(p.tokens) > window + 1]
+    if not past:
+        return None
+    tokens = min([t for t in past if len(t) > window + PAD] or past, key=len)[: window + PAD + 1]
+    return np.repeat(tokens[None], min(MASK_ROWS, len(tokens) - window), 0)
 
 
 def _reach(one: Array, two: Array, noise: float) -> tuple[int, bool]:
@@ -168,7 +232,7 @@ def check_padding(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Flo
     """A prompt alone against the same in mixed-length batches, padded left and right, first and last."""
     if runner.name in UNBATCHED:
         return PADDING.unanswered(f"the {runner.name} runner {UNBATCHED[runner.name]}.")
-    prompt = _prompt(runner, probes)
+    prompt = _prompt(runner.config, probes)
     if prompt is None:
         return PADDING.unanswered("no probe leaves room for padding in the context.")
     n = len(prompt)
@@ -196,9 +260,9 @@ def check_padding(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Flo
     )  # fmt: skip
 
 
-def _prompt(runner: Runner, probes: Sequence[Probe] | ProbeSet) -> Array | None:
+def _prompt(config: GemmaConfig, probes: Iterable[Probe]) -> Array | None:
     """The longest probe that is cheap and leaves room for padding."""
-    most = min(PROMPT_TOKENS, runner.config.max_position_embeddings - PAD)
+    most = min(PROMPT_TOKENS, config.max_position_embeddings - PAD)
     fitting = [p.tokens for p in probes if len(p.tokens) <= most]
     return max(fitting, key=len) if fitting else None
 
@@ -223,12 +287,9 @@ def _mixed(prompt: Array, shift: int, pad: int) -> tuple[Array, Array]:
 
 def check_bos(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Floor | None) -> Check:
     """A text without BOS, and with two, must be far from the text with one: else the runner adds or drops BOS by itself."""
-    bos = runner.config.bos_token_id
-    most = min(SHOWN, runner.config.max_position_embeddings - 1)
-    fitting = [p.tokens[:most] for p in probes if p.tokens[0] == bos and len(p.tokens) > 2]
-    if not fitting:
+    prompt = _bos_prompt(runner.config, probes)
+    if prompt is None:
         return BOS.unanswered("no probe begins with BOS and goes on.")
-    prompt = max(fitting, key=len)
     n = len(prompt) - 1
     variants = {
         "correct": prompt, "missing": prompt[1:], "doubled": np.concatenate([prompt[:1], prompt]),
@@ -248,3 +309,11 @@ def check_bos(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Floor |
         return BOS.unanswered(f"no noise floor was measured; {detail}.", value)
     passed = limit is not None and value > limit
     return BOS.answer(passed, value, limit, f"{detail}; it must be more than noise.")
+
+
+def _bos_prompt(config: GemmaConfig, probes: Iterable[Probe]) -> Array | None:
+    """The beginning of a probe that begins with BOS and leaves room for another."""
+    most = min(SHOWN, config.max_position_embeddings - 1)
+    fitting = [p.tokens for p in probes if p.tokens[0] == config.bos_token_id]
+    fitting = [t[:most] for t in fitting if len(t[:most]) > 2]
+    return max(fitting, key=len) if fitting else None

@@ -3,71 +3,81 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..model.config import GemmaConfig
 from .checks import Check, Floor, Question, kl, limit_of, logits_at, worst
 from .probes import Probe, ProbeSet
+from .profiles import is_small
 from .runners.base import Runner
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DECODE = Question("P8/decode", "Decoding step by step equals prefill, across the window")
 GREEDY = Question("P9/greedy", "Greedy choices while decoding are those of a prefill")
 AGREEMENT = Question("P9/agreement", "Both models choose the same tokens greedily")
-BEFORE, AFTER = 3, 8  # positions before and after the window's edge that are decoded one by one
+BEFORE, AFTER, SMALL_AFTER = 3, 8, 64  # positions around the window's edge decoded one by one
 LOGIT_BYTES = 256 << 20  # logits of one step
 NEAR_TIE = 6.0  # times the noise of a logit (RMS): three deviations of each of the two that compete
 GREEDY_PROMPT = 16
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """What is decoded: ``tokens``, single steps from ``start`` on."""
+
+    tokens: Array
+    start: int
+
+
+def crossing(config: GemmaConfig, probes: Iterable[Probe]) -> Crossing | None:
+    """The beginning of a probe, to some positions past the window where one is long enough; None without any.
+
+    Small models decode further, so that a cache of the window's size is written over completely.
+    """
+    window, after = config.sliding_window or 0, SMALL_AFTER if is_small(config) else AFTER
+    usable = [p.tokens for p in probes if len(p.tokens) > 2]
+    if not usable:
+        return None
+    enough = [t for t in usable if len(t) >= window + after]
+    tokens = (min(enough, key=len) if enough else max(usable, key=len))[: window + after]
+    edge = window if 0 < window < len(tokens) else len(tokens) // 2
+    return Crossing(tokens, max(1, edge - BEFORE))
+
+
 def check_decode(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Floor | None) -> Check:
     """Prefill up to the window's edge, then single steps across it, against the whole at once."""
-    window = runner.config.sliding_window
-    chosen = _crossing(runner, probes)
     if "decode" not in runner.gives:
         return DECODE.unanswered(f"the {runner.name} runner does not give decode.")
-    if chosen is None:
+    plan = crossing(runner.config, probes)
+    if plan is None:
         return DECODE.unanswered("no probe has three tokens.")
-    stop = len(chosen) if window is None else min(len(chosen), window + AFTER)
-    edge = stop // 2 if window is None or stop <= window else window
-    tokens, start = chosen[:stop], max(1, edge - BEFORE)
-    steps = min(stop, edge + AFTER)
-    runner.start(tokens[:steps])
+    count, window = len(plan.tokens), runner.config.sliding_window
+    runner.start(plan.tokens)
     runner.finish()
-    want = logits_at(runner, slice(start - 1, steps))[0]
-    got = _decoded(runner, tokens[:steps], start)
-    value = worst(kl(want, got))
-    said = f"largest KL over {len(want)} steps from position {start - 1} on"
-    if window is not None and steps <= window and math.isfinite(value):
+    want = logits_at(runner, slice(plan.start - 1, count))[0]
+    value = worst(kl(want, _decoded(runner, plan.tokens, plan.start)))
+    said = f"largest KL over {len(want)} steps from position {plan.start - 1} on"
+    if window is not None and count <= window and math.isfinite(value):
         return DECODE.unanswered(f"{said}; no probe is longer than the window of {window}.", value)
-    return DECODE.at_most(value, floor, "kl_max", f"{said}, cache of {steps} positions.")
-
-
-def _crossing(runner: Runner, probes: Sequence[Probe] | ProbeSet) -> Array | None:
-    """The shortest probe that is longer than the window, else the longest."""
-    window = runner.config.sliding_window or 0
-    usable = [p.tokens for p in probes if len(p.tokens) > 2]
-    past = [t for t in usable if len(t) >= window + 2]
-    long = sorted((t for t in past if len(t) >= window + AFTER), key=len)
-    if window and past:
-        return long[0] if long else max(past, key=len)
-    return max((t[: 2 * GREEDY_PROMPT] if not window else t for t in usable), key=len, default=None)
+    return DECODE.at_most(value, floor, "kl_max", f"{said}, cache of {count} positions.")
 
 
 def _decoded(runner: Runner, tokens: Array, start: int) -> Array:
     """Logits of position ``start - 1`` and of every later one, fed one by one ``[steps, vocab]``."""
     decoder = runner.decoder(1, len(tokens))
     rows = []
-    for part in _chunks(start, runner.config.vocab_size):
+    for part in chunks(start, runner.config.vocab_size):
         last = decoder.step(tokens[None, part])[0, -1:]
     rows.append(last)
     rows += [decoder.step(tokens[None, t : t + 1])[0] for t in range(start, len(tokens))]
     return np.concatenate(rows)
 
 
-def _chunks(length: int, vocab: int) -> Iterator[slice]:
+def chunks(length: int, vocab: int) -> Iterator[slice]:
     """Pieces of a prompt whose logits fit into memory."""
     step = max(1, LOGIT_BYTES // (4 * vocab))
     for i in range(0, length, step):
@@ -88,6 +98,15 @@ def generate(runner: Runner, prompt: Array, count: int) -> tuple[Array, Array]:
         if len(logits) < count:
             logits.append(decoder.step([[ids[-1]]])[0, -1])
     return np.array(ids, np.int64), np.stack(logits)
+
+
+def greedy_prompt(config: GemmaConfig, probes: Iterable[Probe], steps: int) -> tuple[Array, int]:
+    """The beginning of the first of the longest probes, and by how many tokens to continue it, 0 if there is no room."""
+    usable = [p.tokens[:GREEDY_PROMPT] for p in probes if len(p.tokens) > 1]
+    if not usable:
+        return np.zeros(0, np.int64), 0
+    prompt = max(usable, key=len)
+    return prompt, max(0, min(steps, config.max_position_embeddings - len(prompt)))
 
 
 def check_greedy(
@@ -118,11 +137,9 @@ def _greedy(
 ) -> Check:  # fmt: skip
     if "decode" not in chooser.gives:
         return question.unanswered(f"the {chooser.name} runner does not give decode.")
-    usable = [p.tokens[:GREEDY_PROMPT] for p in probes if len(p.tokens) > 1]
-    count = min(steps, chooser.config.max_position_embeddings - GREEDY_PROMPT)
-    if not usable or count < 1:
+    prompt, count = greedy_prompt(chooser.config, probes, steps)
+    if not count:
         return question.unanswered("no probe leaves room in the context to continue it.")
-    prompt = max(usable, key=len)
     ids, logits = generate(chooser, prompt, count)
     judge.start(ids[:-1])
     judge.finish()

@@ -8,7 +8,6 @@ about twice the cap.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from ..convert.open import Checkpoint, LazyTensor
+from ..formats.dtypes import F32
 from ..model import canonical
 from ..model.config import GemmaConfig
 from .checks import Check, Floor, Question, kl, logits_at, worst
 from .probes import Probe
 from .runners import RUNNERS
 from .runners.base import Runner
+from .views import ChangedTensor, changed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 USED = 0.1  # utilisation from which a missing cap changes scores by 0.3 % and more
@@ -63,7 +64,7 @@ def utilisation(runner: Runner, probes: Sequence[Probe]) -> Utilisation:
     config = runner.config
     caps = config.attn_logit_softcapping, config.final_logit_softcapping
     count = config.num_hidden_layers
-    chosen = _affordable(config, probes)
+    chosen = affordable(config, probes)
     if caps == (None, None) or not chosen:
         why = (
             "no probe is short enough to hold its scores" if not chosen else "the model has no cap"
@@ -123,7 +124,7 @@ def _nan_is_largest(x: float) -> float:
     return math.inf if math.isnan(x) else x
 
 
-def _affordable(config: GemmaConfig, probes: Sequence[Probe]) -> list[Probe]:
+def affordable(config: GemmaConfig, probes: Sequence[Probe]) -> list[Probe]:
     """The longest probes whose scores fit, within the token budget; at least one if any fits."""
     longest = math.isqrt(SCORE_BYTES // (8 * config.num_attention_heads))
     fitting = sorted((p for p in probes if len(p.tokens) <= longest), key=lambda p: -len(p.tokens))
@@ -197,41 +198,29 @@ def derive(checkpoint: Checkpoint, stress: Stress) -> Checkpoint:
     """A view of a checkpoint with scaled queries and final norm, for runners that read weights through it.
 
     Both sides of a comparison must be derived with the same ``stress``. Powers of two change no digit of the query
-    projection; the gain of the final norm becomes float32 2^n (1 + w) - 1, the same for the same w. The files' own
-    ``close`` stays with the checkpoint that was opened.
+    projection; the gain of the final norm becomes float32 2^n (1 + w) - 1, the same for the same w in any dtype.
+    Closing either closes both.
     """
-    scaled = {
-        canonical.Q.format(i=i): ScaledTensor(checkpoint.tensors[canonical.Q.format(i=i)], n, 0.0)
-        for i, n in enumerate(stress.layers)
-    }
-    norm = checkpoint.tensors[canonical.FINAL_NORM]
-    scaled[canonical.FINAL_NORM] = ScaledTensor(norm, stress.final, 1.0)
-    return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **scaled})
+    names = [canonical.Q.format(i=i) for i in range(len(stress.layers))]
+    powers = dict(zip(names, stress.layers, strict=True))
+    tensors = {n: _scaled(checkpoint.tensors[n], p, 0.0) for n, p in powers.items() if p}
+    if stress.final:
+        norm = checkpoint.tensors[canonical.FINAL_NORM]
+        tensors[canonical.FINAL_NORM] = _scaled(norm, stress.final, 1.0)
+    return changed(checkpoint, tensors)
 
 
-class ScaledTensor(LazyTensor):
-    """``2^power (offset + x) - offset`` in place of a tensor x; float32 unless nothing changes or x is wider."""
+def _scaled(tensor: LazyTensor, power: int, offset: float) -> LazyTensor:
+    """``2^power (offset + x) - offset`` in float32, float64 where x is."""
 
-    def __init__(self, tensor: LazyTensor, power: int, offset: float) -> None:
-        super().__init__(tensor.source, tensor.placement, tensor.step, tensor.config)
-        self._inner, self._power, self._offset = tensor, power, offset
-        self.dtype = tensor.dtype
-        if power and tensor.dtype.itemsize < 4:
-            self.dtype = np.dtype(np.float32)
+    def scale(x: Array) -> Array:
+        return np.ldexp(x.astype(np.float64) + offset, power) - offset
 
-    def read(self) -> Array:
-        """The whole tensor."""
-        return self._scale(self._inner.read())
-
-    def read_rows(self, start: int, stop: int) -> Array:
-        """Rows ``start:stop`` of axis 0."""
-        return self._scale(self._inner.read_rows(start, stop))
-
-    def _scale(self, x: Array) -> Array:
-        if not self._power:
-            return x.astype(self.dtype, copy=False)
-        wide = np.ldexp(x.astype(np.float64) + self._offset, self._power) - self._offset
-        return wide.astype(self.dtype)
+    made = ChangedTensor(
+        tensor, lambda: scale(tensor.read()), lambda a, b: scale(tensor.read_rows(a, b))
+    )
+    made.dtype = tensor.dtype if tensor.dtype.itemsize > 4 else F32
+    return made
 
 
 def reads_views(runner: str) -> bool:
@@ -255,7 +244,7 @@ def stressed_check(
             return STRESSED.unanswered(
                 f"the {runner.name} runner reads files, so it cannot run a derived checkpoint."
             )
-    chosen = _affordable(ref.config, probes)[:1]
+    chosen = affordable(ref.config, probes)[:1]
     if not chosen:
         return STRESSED.unanswered("no probe is short enough to hold its scores.")
     used = utilisation(ref, chosen)
