@@ -37,9 +37,7 @@ class ProbeLike(Protocol):
         ...
 
 
-def plan_batches(
-    lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS
-) -> list[tuple[int, ...]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> list[tuple[int, ...]]:
     """Indices of each batch, shortest first; padded, a batch has at most ``batch_tokens`` tokens or one sequence."""
     if batch_tokens < 1:
         raise UsageError(f"batch_tokens is {batch_tokens}, expected at least 1.")

@@ -16,7 +16,9 @@ import numpy as np
 from ..formats.errors import FormatError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-EMBEDDING = -1  # the layer number of the embedded tokens; that of the final norm is the number of blocks
+EMBEDDING = (
+    -1
+)  # the layer number of the embedded tokens; that of the final norm is the number of blocks
 KINDS = ("isolated", "accumulated")
 _ROWS = 512  # positions converted to float64 at a time
 _TINY = 1e-300
@@ -169,7 +171,9 @@ def block_errors(traces: Iterable[Trace], kinds: Mapping[int, str]) -> list[Bloc
     for t in traces:
         by.setdefault((t.layer, t.kind), []).append(t)
     return [
-        _block_error(layer, name, by.get((layer, "isolated"), []), by.get((layer, "accumulated"), []))
+        _block_error(
+            layer, name, by.get((layer, "isolated"), []), by.get((layer, "accumulated"), [])
+        )
         for layer, name in kinds.items()
         if (layer, "accumulated") in by
     ]

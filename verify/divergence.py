@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from .block_errors import BlockError
 from .runners.base import TAPS, Runner
-from .taps import first_tap, tap_errors
+from .taps import DIAGONAL, first_tap, tap_errors
 
 if TYPE_CHECKING:
     from .batches import ProbeLike
@@ -81,9 +82,7 @@ def first_divergent(result: LockstepResult, floor: Floor) -> Divergence | None:
     return next(iter(divergent(result, floor)), None)
 
 
-def _first_place(
-    result: LockstepResult, layer: int, alone: bool, limit: float
-) -> tuple[str, int]:
+def _first_place(result: LockstepResult, layer: int, alone: bool, limit: float) -> tuple[str, int]:
     kind = "isolated" if alone else "accumulated"
     places = [
         (at, t.probe)
@@ -94,30 +93,55 @@ def _first_place(
     return probe, position
 
 
-def bisect_taps(
-    ref: Runner, cand: Runner, probe: ProbeLike | Array, layer: int, floor: Floor
-) -> str | None:
-    """The first intermediate of a block that is beyond the floor, both runs given the reference's input.
+@dataclass(frozen=True)
+class Inside:
+    """Where a block goes wrong.
+
+    Attributes:
+        layer: the block.
+        tap: the first intermediate beyond the floor, of :data:`g2kit.verify.runners.TAPS`.
+        position: the first position where.
+        error: its largest relative error; None where it is not finite.
+        diagonal: for ``scores``, whether those of a token with itself are beyond the floor too.
+        threshold: what the error may be.
+    """
+
+    layer: int
+    tap: str
+    position: int
+    error: float | None
+    diagonal: bool | None
+    threshold: float = 0.0
+
+
+def look_inside(
+    ref: Runner, cand: Runner, tokens: Array, layer: int, floor: Floor
+) -> Inside | None:
+    """The first intermediate of a block that is beyond the floor, the candidate's block on the reference's input.
 
     Args:
-        ref, cand: runners with taps and replay (torch, jax).
-        probe: a probe, or ids ``[length]``, that shows the divergence; whole score matrices of it are held in memory.
+        ref: a runner with taps (torch, jax).
+        cand: one with taps and replay.
+        tokens: ids ``[length]`` that show the divergence; whole score matrices of them are held in memory.
         layer: the block.
         floor: of the comparison.
 
     Returns:
-        A name of :data:`g2kit.verify.runners.TAPS`, None if none is beyond the floor.
+        None if no intermediate is beyond the floor.
 
     Raises:
         UsageError: a runner does not give that.
     """
+    return _inside(dict(tap_errors(ref, cand, tokens, only=layer))[layer], layer, floor)
+
+
+def bisect_taps(
+    ref: Runner, cand: Runner, probe: ProbeLike | Array, layer: int, floor: Floor
+) -> str | None:
+    """The name :func:`look_inside` finds, for a probe or ids."""
     tokens = probe if isinstance(probe, np.ndarray) else probe.tokens
-    thresholds = {n: floor.threshold(n, layer) or 0.0 for n in TAPS}
-    for i, errors in tap_errors(ref, cand, tokens, only=layer):
-        if i == layer:
-            found = first_tap(errors, thresholds)
-            return found[0] if found else None
-    return None
+    found = look_inside(ref, cand, tokens, layer, floor)
+    return None if found is None else found.tap
 
 
 def shortest_showing(
@@ -137,3 +161,32 @@ def shortest_showing(
         return None
     where, _, best = min(ends, key=lambda e: e[:2])
     return best.tokens[: where + 1]
+
+
+def scan_taps(ref: Runner, cand: Runner, tokens: Array, floor: Floor) -> list[Inside]:
+    """:func:`look_inside` of every block: finer than a block's output, in which a small error of one step drowns.
+
+    Args:
+        ref: a runner with taps.
+        cand: one with taps and replay.
+        tokens: ids ``[length]``; a hundred are enough.
+        floor: of the comparison.
+
+    Returns:
+        The blocks with an intermediate beyond the floor, in order.
+    """
+    found = [_inside(errors, layer, floor) for layer, errors in tap_errors(ref, cand, tokens)]
+    return [f for f in found if f is not None]
+
+
+def _inside(errors: dict[str, Array], layer: int, floor: Floor) -> Inside | None:
+    thresholds = {n: floor.threshold(n, layer) or 0.0 for n in TAPS}
+    found = first_tap(errors, thresholds)
+    if found is None:
+        return None
+    tap, position = found
+    worst = float(errors[tap].max())
+    diagonal = bool((errors[DIAGONAL] > thresholds[tap]).any()) if tap == "scores" else None
+    return Inside(
+        layer, tap, position, worst if math.isfinite(worst) else None, diagonal, thresholds[tap]
+    )

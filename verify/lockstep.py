@@ -18,16 +18,28 @@ from ..formats.errors import ConfigError, FormatError, UsageError
 from ..model.logits_stats import Record, Stats, merge
 from .batches import BATCH_TOKENS, ProbeLike, padded, plan_batches, targets
 from .block_errors import (
-    EMBEDDING, BlockError, Trace, block_errors, position_errors,
+    EMBEDDING,
+    BlockError,
+    Trace,
+    block_errors,
+    position_errors,
 )  # fmt: skip
-from .divergence import Divergence, bisect_taps, divergent, first_divergent
-from .runners.base import Runner, Table
+from .divergence import (
+    Divergence,
+    Inside,
+    bisect_taps,
+    divergent,
+    first_divergent,
+    look_inside,
+    scan_taps,
+    shortest_showing,
+)
+from .lockstep_logits import BLOCK_ROWS, SCRATCH, from_hidden, from_tiles, tables_of
+from .runners.base import Runner
 
 Array = np.ndarray[Any, np.dtype[Any]]
 VERSION = 1
-SCRATCH = 512 << 20  # bytes of logits at a time
-BLOCK_ROWS = 4096
-HEADS = ("hidden", "tiles")
+HEADS = ("hidden", "tiles", "top-k")
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class LockstepResult:
         traces: errors of every block over every probe; empty where a runner has no hidden states.
         kinds: layer number -> ``embedding``, ``local``, ``global``, ``final``, in forward order.
         window: size of the sliding window, which parts near from far positions.
-        head: ``hidden`` or ``tiles``, see the module.
+        head: ``hidden`` or ``tiles``, see the module; ``top-k`` where statistics are lower bounds (.recording_bound).
         non_finite: of hidden states, in the order of layers, probes, positions.
     """
 
@@ -113,7 +125,9 @@ class LockstepResult:
                 ],
             )
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise FormatError("not the result of a comparison: fields are missing or unknown.") from None
+            raise FormatError(
+                "not the result of a comparison: fields are missing or unknown."
+            ) from None
 
 
 def merge_results(results: Iterable[LockstepResult]) -> LockstepResult:
@@ -181,7 +195,7 @@ def run_lockstep(
     if len({p.id for p in chosen}) != len(chosen):
         raise UsageError("two probes have the same id.")
     walk = all("blocks" in r.gives for r in (ref, cand))
-    tables = None if tiles or not walk else _tables(ref, cand)
+    tables = None if tiles or not walk else tables_of(ref, cand)
     window = ref.config.sliding_window
     run = _Run(ref, cand, isolated and "replay" in cand.gives, window, progress)
     records: list[Record] = []
@@ -195,9 +209,9 @@ def run_lockstep(
             run.whole(tokens, real)
         goals = np.concatenate([targets(p) for p in members])
         if walk and tables is not None:
-            stats = _from_hidden(ref, cand, final, tables, goals, block_rows, scratch, device)
+            stats = from_hidden(ref, cand, final, tables, goals, block_rows, scratch, device)
         else:
-            stats = _from_tiles(ref, cand, real, goals, block_rows, scratch, device)
+            stats = from_tiles(ref, cand, real, goals, block_rows, scratch, device)
         records += _split(members, stats)
         progress(int(real.sum()), "logits")
     return merge_results([
@@ -218,23 +232,6 @@ def layer_kinds(runner: Runner) -> dict[int, str]:
 def gives_table(runner: Runner) -> bool:
     """Whether its logits can be made from its hidden states and its embedding."""
     return runner.table() is not None
-
-
-def _tables(ref: Runner, cand: Runner) -> tuple[Table, Table] | None:
-    one, two = ref.table(), cand.table()
-    if one is None or two is None:
-        return None
-    dtypes = [next(iter(t()))[2].dtype for t in (one, two)]
-    # the same values in two dtypes are one table, which statistics can only see in one dtype
-    return (one, two) if dtypes[0] == dtypes[1] else (_widened(one), _widened(two))
-
-
-def _widened(table: Table) -> Table:
-    def tiles() -> Iterator[tuple[int, int, Array]]:
-        for start, stop, rows in table():
-            yield start, stop, rows.astype(np.promote_types(rows.dtype, np.float32), copy=False)
-
-    return tiles
 
 
 def _check(ref: Runner, cand: Runner) -> None:
@@ -339,76 +336,8 @@ def _split(members: Sequence[ProbeLike], stats: Stats) -> Iterator[Record]:
         at = part.stop
 
 
-def _from_hidden(
-    ref: Runner,
-    cand: Runner,
-    final: tuple[list[Array], list[Array]],
-    tables: tuple[Table, Table],
-    goals: Array,
-    block_rows: int,
-    scratch: int,
-    device: str,
-) -> Stats:
-    import torch
-
-    from ..model.logits import compare
-    from .runners.torch_runner import exact_products, torch_device
-
-    place = torch_device(device)
-    states = [torch.from_numpy(np.concatenate(side)).to(place) for side in final]
-    wide = torch.promote_types(states[0].dtype, states[1].dtype)
-    with exact_products():
-        return compare(
-            states[0].to(wide), states[1].to(wide), *tables,
-            cap=ref.config.final_logit_softcapping,
-            cand_cap=cand.config.final_logit_softcapping,
-            targets=goals, vocab=ref.config.vocab_size,
-            scratch=scratch, block_rows=block_rows,
-        )  # fmt: skip
-
-
-def _from_tiles(
-    ref: Runner, cand: Runner, real: Array, goals: Array, block_rows: int, scratch: int, device: str
-) -> Stats:
-    """From logits the runners make, a stretch of positions at a time."""
-    from ..model.logits import compare_logits
-    from .runners.torch_runner import exact_products
-
-    batch, length = real.shape
-    vocab = ref.config.vocab_size
-    step = max(1, scratch // (batch * vocab * 16))
-    starts = np.cumsum([0, *real.sum(1)])[:-1]
-    columns = np.where(real, starts[:, None] + np.cumsum(real, 1) - 1, -1)
-    found: list[Stats] = []
-    order: list[Array] = []
-    for start in range(0, length, step):
-        part = slice(start, min(start + step, length))
-        mask = real[:, part]
-        if not mask.any():
-            continue
-        at = columns[:, part][mask]
-        pair = [_whole(r, mask, part, vocab) for r in (ref, cand)]
-        with exact_products():
-            found.append(
-                compare_logits(*pair, targets=goals[at], scratch=scratch, block_rows=block_rows)
-            )
-        order.append(at)
-    joined = Stats.join(found)
-    return joined.select(np.argsort(np.concatenate(order), kind="stable"))
-
-
-def _whole(runner: Runner, mask: Array, part: slice, vocab: int) -> Array:
-    """Logits of the real tokens in a stretch ``[tokens, vocab]``."""
-    out: Array | None = None
-    for start, stop, tile in runner.logit_tiles(positions=part):
-        if out is None:
-            out = np.empty((int(mask.sum()), vocab), tile.dtype)
-        out[:, start:stop] = tile[mask]
-    assert out is not None
-    return out
-
-
 __all__ = [
-    "EMBEDDING", "BlockError", "Divergence", "LockstepResult", "NonFinite", "Trace", "bisect_taps",
-    "divergent", "first_divergent", "gives_table", "layer_kinds", "merge_results", "run_lockstep",
+    "BLOCK_ROWS", "EMBEDDING", "SCRATCH", "BlockError", "Divergence", "Inside", "LockstepResult",
+    "NonFinite", "Trace", "bisect_taps", "divergent", "first_divergent", "gives_table", "layer_kinds",
+    "look_inside", "merge_results", "run_lockstep", "scan_taps", "shortest_showing",
 ]  # fmt: skip

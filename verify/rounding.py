@@ -27,9 +27,7 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
     wide, whole, bits = _WIDER[dtype]
     if x.dtype != wide:
         raise TypeError(f"{x.dtype} is not the wider type of {dtype}")
-    noise = torch.randint(
-        0, 1 << bits, x.shape, generator=generator, dtype=whole, device=x.device
-    )
+    noise = torch.randint(0, 1 << bits, x.shape, generator=generator, dtype=whole, device=x.device)
     # where adding carries into the next representable number, that is the one above
     there = (x.contiguous().view(whole) + noise) & ~((1 << bits) - 1)
     return torch.where(x.isfinite(), there.view(wide), x).to(dtype)

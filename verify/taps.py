@@ -12,12 +12,15 @@ from .block_errors import position_errors
 from .runners.base import TAPS, Runner
 
 Array = np.ndarray[Any, np.dtype[Any]]
+DIAGONAL = (
+    "diagonal"  # scores of a token with itself: RoPE leaves them alone, another scale does not
+)
 
 
 def tap_errors(
     ref: Runner, cand: Runner, tokens: Array, only: int | None = None
 ) -> Iterator[tuple[int, dict[str, Array]]]:
-    """``(layer, tap -> relative error of every position)``, the candidate's blocks on the reference's inputs.
+    """``(layer, tap or DIAGONAL -> relative error of every position)``, the candidate's blocks on the reference's inputs.
 
     Args:
         ref: gives ``taps``.
@@ -47,7 +50,10 @@ def tap_errors(
         def compare(
             name: str, value: Array, kept: dict[str, Array] = ours, out: dict[str, Array] = found
         ) -> None:
-            out[name] = position_errors(kept.pop(name), _by_position(name, value))
+            one, two = kept.pop(name), _by_position(name, value)
+            out[name] = position_errors(one, two)
+            if name == "scores":
+                out[DIAGONAL] = position_errors(_diagonal(one), _diagonal(two))
 
         before, x = x, ref.advance(keep)
         cand.advance()
@@ -58,6 +64,12 @@ def tap_errors(
 def _by_position(name: str, value: Array) -> Array:
     """``[length, …]`` of a batch of one; scores ``[1, heads, q, k]`` by query."""
     return np.moveaxis(value[0], 1, 0) if name == "scores" else value[0]
+
+
+def _diagonal(scores: Array) -> Array:
+    """``[q, heads, k]`` -> ``[q, heads]`` where q is k."""
+    at = np.arange(len(scores))
+    return scores[at, :, at]
 
 
 def first_tap(errors: dict[str, Array], thresholds: dict[str, float]) -> tuple[str, int] | None:

@@ -69,7 +69,9 @@ def changed(
     reading = checkpoint.reading if config is None else replace(checkpoint.reading, config=config)
     known = {**checkpoint.tensors, **(tensors or {})}
     source = checkpoint.source
-    if canonical.EMBED in (tensors or {}):  # a stored head is a copy of the embedding: it goes along
+    if canonical.EMBED in (
+        tensors or {}
+    ):  # a stored head is a copy of the embedding: it goes along
         kept = {n: t for n, t in source.tensors.items() if n != canonical.LM_HEAD}
         source = replace(source, tensors=kept)
     return replace(

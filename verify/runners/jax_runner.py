@@ -21,7 +21,18 @@ from ...formats.errors import ResourceError
 from ...model import canonical
 from ...model.config import GemmaConfig
 from . import jax_math as m
-from .base import ABILITIES, TAPS, Array, Decoder, DecodeState, Runner, Table, Tap, Tokens, tile_edges
+from .base import (
+    ABILITIES,
+    TAPS,
+    Array,
+    Decoder,
+    DecodeState,
+    Runner,
+    Table,
+    Tap,
+    Tokens,
+    tile_edges,
+)
 from .jax_mesh import batch_sharding, make_mesh, weight_sharding
 from .weights import Weights
 
@@ -40,6 +51,7 @@ class JaxRunner(Runner):
         config: see :class:`.weights.Weights`.
         resident: keep blocks and embedding in memory once read; else one block at a time.
         mesh: ``data=2,model=4``: resident and divided over that many devices.
+        offset: position of the first token; see :class:`.torch_runner.TorchRunner`.
 
     Raises:
         G2Error: the checkpoint cannot be opened, or the devices are not there.
@@ -58,8 +70,10 @@ class JaxRunner(Runner):
         config: str | Path | GemmaConfig | None = None,
         resident: bool = False,
         mesh: str | None = None,
+        offset: int = 0,
     ) -> None:
         self.dtype = dtype
+        self._offset = offset
         self._mesh = None
         self._device = None
         try:
@@ -85,7 +99,7 @@ class JaxRunner(Runner):
         batch = self._begin(tokens, padding)
         with self._context():
             self._x = self._embed(batch.tokens)
-            self._at = self._put(batch.positions.astype(np.int32))
+            self._at = self._put((batch.positions + self._offset).astype(np.int32))
             self._real = self._put(batch.real)
             return self._out(self._x)
 

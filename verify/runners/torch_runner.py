@@ -34,6 +34,8 @@ class TorchRunner(Runner):
         config: see :class:`.weights.Weights`.
         resident: keep blocks and embedding in memory once read; else one block at a time.
         linear: how matrices of the blocks are applied; default the plain product.
+        offset: position of the first token. The model is the same whatever it is; rounding of RoPE's angles is not, which
+            noise floors of long sequences need.
 
     Raises:
         G2Error: the checkpoint cannot be opened, or the device is not there.
@@ -52,6 +54,7 @@ class TorchRunner(Runner):
         config: str | Path | GemmaConfig | None = None,
         resident: bool = False,
         linear: torch_gemma.Linear = torch_gemma.plain_linear,
+        offset: int = 0,
     ) -> None:
         self.dtype = dtype
         self._type = DTYPES[dtype]
@@ -60,6 +63,7 @@ class TorchRunner(Runner):
         self.config = self._weights.config
         self._resident = resident
         self._linear = linear
+        self._offset = offset
         self._kept: dict[int, dict[str, Tensor]] = {}
         self._table: Tensor | None = None
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
@@ -70,7 +74,7 @@ class TorchRunner(Runner):
         batch = self._begin(tokens, padding)
         with exact_products():
             self._x = self._embed(batch.tokens)
-            self._at = torch.from_numpy(batch.positions).to(self._device)
+            self._at = torch.from_numpy(batch.positions + self._offset).to(self._device)
             self._real = torch.from_numpy(batch.real).to(self._device)
             return as_numpy(self._x)
 

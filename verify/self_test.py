@@ -1,0 +1,342 @@
+"""The verifier's own test: known mistakes are made in a model, and every one must be noticed, and at the right place.
+
+The reference runs once; every mutant runs in lockstep with what was kept of it, and is judged by the same claims and the
+same floor as a real comparison. What is not noticed is a hole in the evidence, and the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..convert.open import Checkpoint
+from ..formats.errors import UsageError
+from ..model.bootstrap import ratio_interval
+from ..model.config import GemmaConfig
+from ..model.logits_stats import Stats
+from .batches import ProbeLike
+from .claims import FAIL, Claim, Evidence, Limits, Measured, judge
+from .divergence import Divergence, Inside, divergent, look_inside, scan_taps, shortest_showing
+from .floor import Floor, floor_probes
+from .hypotheses import hypotheses
+from .identity import Identity, compare_identity
+from .lockstep import LockstepResult, run_lockstep
+from .mutants import Mutant, mutants
+from .runners import open_runner
+from .runners.base import Array, Runner, Table, Tap, Tokens
+from .side import Side
+from .weights import compare_weights
+
+Judge = Callable[[Evidence], Sequence[Claim]]
+BUDGET = 384  # tokens for mistakes that show anywhere
+SCAN = 128  # tokens for looking into every block
+EXACT = ("float32", "float64")
+
+
+class Remembered(Runner):
+    """A runner that runs every batch once and keeps its hidden states."""
+
+    name: ClassVar[str] = "remembered"
+    gives: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    dtypes: ClassVar[tuple[str, ...]] = EXACT
+
+    def __init__(self, base: Runner) -> None:
+        self.base, self.config, self.dtype = base, base.config, base.dtype
+        self._kept: dict[bytes, tuple[list[Array], Array]] = {}
+        self._now: tuple[list[Array], Array] | None = None
+
+    def start(self, tokens: Tokens, padding: Any = None) -> Array:
+        """See :meth:`.runners.base.Runner.start`."""
+        batch = self._begin(tokens, padding)
+        key = repr(batch.shape).encode() + batch.tokens.tobytes() + batch.real.tobytes()
+        if key not in self._kept:
+            states = self.base.hidden_states(batch.tokens, batch.real)
+            self._kept[key] = (states, self.base.final_hidden())
+        self._now = self._kept[key]
+        return self._now[0][0]
+
+    def advance(self, tap: Tap | None = None) -> Array:
+        """See :meth:`.runners.base.Runner.advance`."""
+        if tap is not None:
+            raise self._cannot("taps")
+        self.layer = self._next_layer() + 1
+        assert self._now is not None
+        return self._now[0][self.layer]
+
+    def final_hidden(self) -> Array:
+        """See :meth:`.runners.base.Runner.final_hidden`."""
+        self._all_ran()
+        assert self._now is not None
+        return self._now[1]
+
+    def logit_tiles(
+        self, rows: int | None = None, positions: slice = slice(None)
+    ) -> Iterator[tuple[int, int, Array]]:
+        """Not kept."""
+        raise self._cannot("logits")
+
+    def table(self) -> Table | None:
+        """See :meth:`.runners.base.Runner.table`."""
+        return self.base.table()
+
+    def close(self) -> None:
+        """Let go of the states; the base stays open."""
+        self._kept, self._now = {}, None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one mutant led to.
+
+    Attributes:
+        mutant: what was done.
+        result: of the comparison.
+        found: layers beyond the floor.
+        inside: what the first divergent block shows inside.
+        scan: blocks with an intermediate beyond the floor, looked for where no block's output is.
+        claims: verdicts.
+        hypothesis: the first sentence of the rule table, "" where there is none.
+    """
+
+    mutant: Mutant
+    result: LockstepResult
+    found: list[Divergence]
+    inside: Inside | None
+    scan: list[Inside]
+    claims: Sequence[Claim]
+    hypothesis: str
+
+    @property
+    def caught_by(self) -> list[str]:
+        """Claims that failed."""
+        return [c.id for c in self.claims if c.verdict == FAIL]
+
+    def found_layer(self, floor: Floor) -> int | None:
+        """Where the models part: a layer number, one more than the final norm's for the head, None where they do not."""
+        if self.found:
+            return self.found[0].layer
+        if self.inside is not None:
+            return self.inside.layer
+        limit = floor.threshold("kl_max")
+        beyond = limit is not None and any(
+            (~(r.stats.kl <= limit)).any() for r in self.result.records
+        )
+        return self.result.blocks[-1].layer + 2 if beyond else None
+
+    def right_place(self, floor: Floor) -> bool:
+        """The layer found is the one changed, and no block differs by itself that was not changed.
+
+        Where a change is in many layers it may be too small to show in some of them.
+        """
+        at, wanted = self.found_layer(floor), self.mutant
+        blocks = {d.layer for d in self.found if d.kind in ("local", "global")}
+        blocks |= {i.layer for i in self.scan}
+        if not wanted.layers:
+            return at == wanted.place
+        whole = wanted.kind != "weight" or wanted.all_layers
+        first = at in wanted.layers if whole else at == wanted.place
+        return first and blocks <= set(wanted.layers) and (whole or blocks == set(wanted.layers))
+
+    def to_json(self, floor: Floor) -> dict[str, Any]:
+        """The report's row."""
+        stats = Stats.join([r.stats for r in self.result.records])
+        kl = stats.kl[stats.finite]
+        return {
+            "id": self.mutant.id,
+            "title": self.mutant.title,
+            "kind": self.mutant.kind,
+            "caught_by": self.caught_by,
+            "claims": {c.id: c.verdict for c in self.claims},
+            "kl_max": float(kl.max()) if len(kl) else None,
+            "kl_mean": math.fsum(kl.tolist()) / len(kl) if len(kl) else None,
+            "expected_layers": list(self.mutant.layers) or [self.mutant.place],
+            "found_layer": self.found_layer(floor),
+            "tap": None if self.inside is None else self.inside.tap,
+            "right_place": self.right_place(floor),
+            "hypothesis": self.hypothesis,
+        }
+
+
+def self_test(
+    checkpoint: Checkpoint,
+    probes: Iterable[ProbeLike],
+    floor: Floor,
+    judge: Judge = judge,
+    *,
+    runner: str = "torch",
+    device: str | None = None,
+    budget: int = BUDGET,
+    only: Sequence[str] = (),
+    progress: Callable[[int, str], None] = lambda tokens, what: None,
+) -> dict[str, Any]:
+    """Make every known mistake and see which claims notice.
+
+    Args:
+        checkpoint: the model, opened.
+        probes: of which some are taken: one that crosses the window, and short ones.
+        floor: of the model in float32.
+        judge: the claims.
+        runner: ``torch``; the mutants' computation.
+        device: of the runner.
+        budget: tokens for mistakes that show anywhere.
+        only: ids of :mod:`.mutants` to try; default all.
+        progress: called with tokens just done and a place.
+
+    Returns:
+        The report's ``self_test`` object: ``mutants`` (rows), ``caught``, ``of``.
+
+    Raises:
+        UsageError: no such mutant, or the floor is not one of an exact type.
+    """
+    rows = [
+        t.to_json(floor)
+        for t in trials(checkpoint, probes, floor, judge, runner=runner, device=device,
+                        budget=budget, only=only, progress=progress)
+    ]  # fmt: skip
+    return {"mutants": rows, "caught": sum(bool(r["caught_by"]) for r in rows), "of": len(rows)}
+
+
+def trials(
+    checkpoint: Checkpoint,
+    probes: Iterable[ProbeLike],
+    floor: Floor,
+    judge: Judge = judge,
+    *,
+    runner: str = "torch",
+    device: str | None = None,
+    budget: int = BUDGET,
+    only: Sequence[str] = (),
+    progress: Callable[[int, str], None] = lambda tokens, what: None,
+) -> Iterator[Trial]:
+    """See :func:`self_test`; one result after the other."""
+    if floor.dtype not in EXACT:
+        raise UsageError(
+            f"the self-test needs a float32 floor, this is one of {floor.dtype}: in it most mistakes are lost in rounding."
+        )
+    chosen = list(mutants(checkpoint))
+    unknown = sorted(set(only) - {m.id for m in chosen})
+    if unknown:
+        known = ", ".join(m.id for m in chosen)
+        raise UsageError(f"no mutant is called {unknown[0]!r}.", fix=f"use some of {known}.")
+    probes = list(probes)
+    short = floor_probes(probes, budget)
+    crossing = crossing_probes(probes, checkpoint.config) or short
+    with open_runner(runner, checkpoint, dtype=floor.dtype, device=device) as base:
+        ref = Remembered(base)
+        for m in chosen:
+            if not only or m.id in only:
+                tokens = crossing if m.window else short
+                yield _try(m, checkpoint, ref, tokens, floor, judge, runner, device, progress)
+
+
+def crossing_probes(probes: Iterable[ProbeLike], config: GemmaConfig) -> list[ProbeLike]:
+    """The shortest probe with at least two queries that cannot see all keys; none without a window or such a probe."""
+    window = config.sliding_window
+    long = [p for p in probes if window is not None and len(p.tokens) >= window + 2]
+    return [min(long, key=lambda p: (len(p.tokens), p.id))] if long else []
+
+
+def _try(
+    m: Mutant,
+    checkpoint: Checkpoint,
+    ref: Remembered,
+    probes: list[ProbeLike],
+    floor: Floor,
+    judge: Judge,
+    runner: str,
+    device: str | None,
+    progress: Callable[[int, str], None],
+) -> Trial:
+    identity = compare_identity(_side(checkpoint), _side(m.checkpoint))
+    with _open(m, runner, floor.dtype, device) as cand:
+        result = run_lockstep(ref, cand, probes, progress=progress)
+        found = divergent(result, floor)
+        inside, scan = None, []
+        if not found:
+            scan = scan_taps(ref.base, cand, probes[0].tokens[:SCAN], floor)
+            inside = scan[0] if scan else None
+        elif 0 <= found[0].layer < checkpoint.config.num_hidden_layers:
+            tokens = shortest_showing(result, probes, found[0])
+            if tokens is not None:
+                inside = look_inside(ref.base, cand, tokens, found[0].layer, floor)
+    evidence = _evidence(checkpoint, m.checkpoint, identity, result, found, inside, floor)
+    reasons = hypotheses(
+        result,
+        floor,
+        inside=inside,
+        scan=scan,
+        differences=[d.to_json() for d in identity.differences],
+    )
+    text = reasons[0].text if reasons else ""
+    return Trial(m, result, found, inside, scan, judge(evidence), text)
+
+
+def _side(checkpoint: Checkpoint) -> Side:
+    return Side(Path(checkpoint.path), checkpoint, None)
+
+
+def _open(m: Mutant, runner: str, dtype: str, device: str | None) -> Runner:
+    options: dict[str, Any] = {}
+    if m.activation is not None:
+        from . import rounding
+
+        options["linear"] = rounding.GeluLinear(getattr(rounding, m.activation))
+    return open_runner(runner, m.checkpoint, dtype=dtype, device=device, **options)
+
+
+def _evidence(
+    ref: Checkpoint,
+    cand: Checkpoint,
+    identity: Identity,
+    result: LockstepResult,
+    found: list[Divergence],
+    inside: Inside | None,
+    floor: Floor,
+) -> Evidence:
+    touched = {n: t for n, t in cand.tensors.items() if t is not ref.tensors[n]}
+    rows = compare_weights(_only(ref, touched), _only(cand, touched)) if touched else []
+    limits = Limits(floor.threshold("kl_max"), floor.threshold("rms_logit"), f"{floor.k:g} x floor")
+    return Evidence(
+        identity, rows, dtypes=(floor.dtype, floor.dtype), measured=_measured(result, found, inside), limits=limits
+    )  # fmt: skip
+
+
+def _only(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    return replace(checkpoint, tensors={n: checkpoint.tensors[n] for n in names})
+
+
+def _measured(result: LockstepResult, found: list[Divergence], inside: Inside | None) -> Measured:
+    stats = Stats.join([r.stats for r in result.records])
+    good = stats.select(stats.finite)
+    sums = [math.fsum(r.stats.kl[r.stats.finite].tolist()) for r in result.records]
+    sizes = [int(r.stats.finite.sum()) for r in result.records]
+    bad = result.non_finite[0] if result.non_finite else None
+    at: Divergence | Inside | None = found[0] if found else inside
+    place = None
+    if found:
+        place = f"{found[0].kind} layer {found[0].layer} at position {found[0].position}"
+    elif inside is not None:
+        place = f"layer {inside.layer} in {inside.tap} at position {inside.position}"
+    return Measured(
+        documents=len(result.records),
+        positions=len(stats),
+        kl_max=float(good.kl.max()) if len(good) else None,
+        kl=ratio_interval(sums, sizes),
+        rms_max=float(good.rms_diff.max()) if len(good) else None,
+        tv=float(np.mean(good.tv)) if len(good) else None,
+        non_finite=_where(bad, stats),
+        divergent=place,
+        block_error=None if at is None else at.error,
+        block_threshold=None if at is None else at.threshold,
+    )
+
+
+def _where(bad: Any, stats: Stats) -> str | None:
+    if bad is not None:
+        return f"layer {bad.layer} of the {bad.side}, position {bad.position} of {bad.probe}"
+    return None if stats.finite.all() else "logits"
