@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import strict_json
-from .errors import ChecksumError, FileIOError, FormatError, printable
+from .errors import ChecksumError, FileIOError, FormatError, G2Error, printable
 from .files import InputFile
 from .fingerprint import PREFIX, fingerprint, leaf
 from .names import check_file_name
 from .output_paths import tree
 
+T = TypeVar("T")
 NAME = "g2kit.manifest.json"
 SCHEMA, VERSION = "g2kit.manifest", 1
 _MAX_LISTED = 20
+_MAX_CLIMB = 3  # 0/items of a training checkpoint
 _READ = 8 << 20
+_LATER = {"config", "gating"}  # the first manifests lack them
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -67,6 +70,8 @@ class Manifest:
         lossy: steps that changed values, in the order they ran.
         padding_rows: canonical name -> rows of zeros at the input tensor's end that the output does not hold.
         notes: findings, one sentence each.
+        config: the model's hyper-parameters as plain JSON, or None; a single file has no other place for them.
+        gating: ``df`` or ``fd`` where the layout leaves the orientation of gating matrices open, else None.
     """
 
     tool_version: str
@@ -79,6 +84,8 @@ class Manifest:
     lossy: tuple[LossyStep, ...] = ()
     padding_rows: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
+    gating: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -110,6 +117,57 @@ def path_for(output: Path) -> Path:
     return output / NAME if output.is_dir() else output.with_name(f"{output.name}.{NAME}")
 
 
+def covering(path: Path) -> Path | None:
+    """The manifest that speaks of ``path``: its own, or that of the output which ``path`` is a part of.
+
+    Args:
+        path: an output, or a file or directory inside one (a shard, an Orbax item).
+
+    Returns:
+        The manifest file; None where there is none. A directory above counts only if its manifest can be read and
+        lists this very file, or files in this very directory.
+    """
+    if (own := path_for(path)).is_file():
+        return own
+    here = path.absolute()
+    for above in list(here.parents)[:_MAX_CLIMB]:
+        at = above / NAME
+        if not at.is_file():
+            continue
+        try:
+            listed = load(at).files
+        except G2Error:
+            return None
+        inner = here.relative_to(above).as_posix()
+        return at if any(n == inner or n.startswith(f"{inner}/") for n in listed) else None
+    return None
+
+
+def describes(
+    at: Path, manifest: Manifest, path: Path, beside: Collection[str] = frozenset()
+) -> bool:
+    """Whether the files an output has now can be those its manifest tells of: all there, of the same sizes.
+
+    Args:
+        at: where the manifest is, as :func:`covering` gives it.
+        manifest: its content.
+        path: the output, or a part of it.
+        beside: names of files that may have been edited since without another model coming of it.
+    """
+    if at.name == NAME:
+        found = {n: at.parent / n for n in manifest.files}
+    elif len(manifest.files) == 1:
+        found = dict.fromkeys(manifest.files, path)  # it may have been renamed
+    else:
+        return False
+    try:
+        return all(
+            found[n].stat().st_size == f.size for n, f in manifest.files.items() if n not in beside
+        )
+    except OSError:
+        return False
+
+
 def load(path: Path) -> Manifest:
     """Read a manifest, believing nothing.
 
@@ -137,7 +195,7 @@ def parse(doc: Mapping[str, Any], where: Path) -> Manifest:
         )
     own = {f.name for f in fields(Manifest)}
     wanted = own | {"schema", "version", "fingerprint", "self_sha256"}
-    if odd := sorted(wanted ^ doc.keys()):
+    if odd := sorted((wanted ^ doc.keys()) - (_LATER - doc.keys())):
         raise FormatError(f"missing or unknown keys: {printable(', '.join(odd))}.", where=where)
     check.same("self_sha256", doc["self_sha256"], _self_hash(doc))
     manifest = Manifest(
@@ -148,6 +206,8 @@ def parse(doc: Mapping[str, Any], where: Path) -> Manifest:
         lossy=tuple(check.step(s, "lossy") for s in check.array(doc["lossy"], "lossy")),
         padding_rows=check.counts(doc["padding_rows"], "padding_rows"),
         notes=tuple(check.text(n, "notes") for n in check.array(doc["notes"], "notes")),
+        config=check.optional(doc.get("config"), "config", check.object),
+        gating=check.optional(doc.get("gating"), "gating", check.gating),
     )
     check.same("fingerprint", doc["fingerprint"], manifest.fingerprint)
     return manifest
@@ -165,6 +225,13 @@ class _Checker:
 
     def text(self, value: Any, place: str) -> str:
         self._require(isinstance(value, str), place, "a string")
+        return str(value)
+
+    def optional(self, value: Any, place: str, read: Callable[[Any, str], T]) -> T | None:
+        return None if value is None else read(value, place)
+
+    def gating(self, value: Any, place: str) -> str:
+        self._require(value in ("df", "fd"), place, "df, fd or null")
         return str(value)
 
     def count(self, value: Any, place: str) -> int:
@@ -230,31 +297,36 @@ class _Checker:
 
 def check_files(
     output: Path, manifest: Manifest, progress: Callable[[int], None] | None = None
-) -> None:
+) -> list[str]:
     """Compare an output's files with its manifest, byte for byte.
 
     Args:
-        output: the output directory, or the single output file.
+        output: the output directory, or the single output file, whatever it is called now.
         manifest: what :func:`load` gave for it.
         progress: called with the bytes read since the last call.
 
+    Returns:
+        Files of the directory that the manifest does not know, such as a README added later.
+
     Raises:
-        ChecksumError: lists every missing, different and surplus file at once.
+        ChecksumError: lists every missing and different file at once.
         FileIOError: a file cannot be read.
     """
-    single = not output.is_dir()
-    root = output.parent if single else output
-    present = {output.name: None} if single else dict.fromkeys(_listed(root))
-    if single and not output.exists():
-        present = {}
-    wrong = [f"{n} is not in the manifest" for n in present.keys() - manifest.files.keys()]
+    if output.is_dir():
+        present = {name: output / name for name in _listed(output)}
+    else:
+        # one file is told by its bytes, so renaming it changes nothing
+        named = next(iter(manifest.files)) if len(manifest.files) == 1 else output.name
+        present = {named: output} if output.exists() else {}
+    wrong = []
     for name, entry in manifest.files.items():
         if name not in present:
             wrong.append(f"{name} is missing")
-        elif fault := _file_fault(root / name, entry, progress):
+        elif fault := _file_fault(present[name], entry, progress):
             wrong.append(f"{name} {fault}")
+    surplus = sorted(present.keys() - manifest.files.keys())
     if wrong:
-        wrong.sort()
+        wrong = sorted(wrong) + [f"{n} is not in the manifest" for n in surplus]
         more = [f"and {len(wrong) - _MAX_LISTED} more"] if len(wrong) > _MAX_LISTED else []
         raise ChecksumError(
             f"{len(wrong)} differences to the manifest: "
@@ -262,6 +334,7 @@ def check_files(
             where=output,
             fix="copy or convert it again.",
         )
+    return surplus
 
 
 def _listed(root: Path) -> list[str]:

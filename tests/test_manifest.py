@@ -31,6 +31,8 @@ FULL = mf.Manifest(
     lossy=(mf.LossyStep("norm + 1", {"model.norm.weight": 3}), mf.LossyStep("to f16", {})),
     padding_rows={"model.embed_tokens.weight": 128},
     notes=("Größe “x”\n", "second"),
+    config={"hidden_size": 64},
+    gating="fd",
 )
 
 
@@ -53,6 +55,24 @@ def test_round_trip_and_same_bytes(tmp_path):
         files=dict(reversed(FULL.files.items())),
     )
     assert turned.dumps() == FULL.dumps()
+
+
+def test_manifests_of_the_first_version_are_read(tmp_path):
+    old = {k: v for k, v in json.loads(FULL.dumps()).items() if k not in ("config", "gating")}
+    found = mf.load(write(tmp_path / mf.NAME, old))
+    assert found == dataclasses.replace(FULL, config=None, gating=None)
+
+
+def test_the_manifest_of_a_part(made, tmp_path):
+    out, manifest = made
+    at = out / mf.NAME
+    assert [mf.covering(p) for p in (out, out / "a.bin", out / "sub", out / "sub/grid")] == [at] * 4
+    (out / "other").touch()
+    assert mf.covering(out / "other") is None
+    assert mf.covering(tmp_path) is None
+    assert mf.describes(at, manifest, out)
+    (out / "a.bin").write_bytes(b"another model's")
+    assert not mf.describes(at, manifest, out)
 
 
 def test_what_the_file_says():
@@ -120,6 +140,8 @@ TENSOR = {"dtype": "bf16", "shape": [64], "sha256": A}
         (changed(format=1), "format must be a string"),
         (changed(notes="x"), "notes must be an array"),
         (changed(notes=[1]), "notes must be a string"),
+        (changed(config=[]), "config must be an object"),
+        (changed(gating="xy"), "gating must be df, fd or null"),
         (changed(tensors=[]), "tensors must be an object"),
         (changed(tensors={"a": 1}), r"tensors\.a must be an object"),
         (changed(tensors={"a": {}}), r"tensors\.a must be an object with dtype, sha256, shape"),
@@ -228,8 +250,17 @@ def test_a_long_list_is_cut(made):
     out, manifest = made
     for k in range(30):
         (out / f"x{k}").touch()
-    with pytest.raises(ChecksumError, match=r"30 differences .* and 10 more"):
+    (out / "a.bin").unlink()
+    with pytest.raises(ChecksumError, match=r"31 differences .*a\.bin is missing.* and 11 more"):
         mf.check_files(out, manifest)
+
+
+def test_files_added_later_are_no_fault(made):
+    out, manifest = made
+    assert mf.check_files(out, manifest) == []
+    (out / "README.md").touch()
+    (out / "sub/.gitattributes").touch()
+    assert mf.check_files(out, manifest) == ["README.md", "sub/.gitattributes"]
 
 
 def test_a_single_file(tmp_path):
@@ -239,8 +270,7 @@ def test_a_single_file(tmp_path):
     (tmp_path / "unrelated").touch()
     mf.check_files(dst, manifest)
     renamed = dst.rename(tmp_path / "other.gguf")
-    with pytest.raises(ChecksumError, match=r"model\.gguf is missing; other\.gguf is not in"):
-        mf.check_files(renamed, manifest)
+    assert mf.check_files(renamed, manifest) == []  # told by its bytes
     with pytest.raises(ChecksumError, match=r"1 differences .* model\.gguf is missing"):
         mf.check_files(dst, manifest)
 
