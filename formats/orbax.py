@@ -23,7 +23,6 @@ from .orbax_locate import (
     CHECKPOINT_METADATA,
     COMMIT,
     MANIFEST,
-    METADATA,
     MSGPACK,
     PROCESS,
     Item,
@@ -38,8 +37,7 @@ from .zarr_store import FileStore, OcdbtStore, Store, arrays_in, walk
 __all__ = ["find_item", "open_source", "plan"]
 
 _STRINGS = "_strings.json"
-_NOT_WEIGHTS = (METADATA, CHECKPOINT_METADATA, COMMIT, "_sharding", _STRINGS)
-_NO_CHECKSUM = "Orbax stores no checksums of weights: a flipped bit cannot be noticed here."
+NO_CHECKSUM = "Orbax stores no checksums of weights: a flipped bit cannot be noticed here."
 
 
 class InlineTensor(Tensor):
@@ -85,8 +83,8 @@ def open_source(path: Path, *, limits: PoolLimits | None = None) -> Source:
         "orbax",
         Path(path),
         {},
-        files=tuple(item.path / name for name in files if name not in _NOT_WEIGHTS),
-        notes=[*item.notes, *tree.notes, *_checkpoint_notes(item), _NO_CHECKSUM],
+        files=tuple(item.path / name for name in files if _holds_arrays(name, arrays)),
+        notes=[*item.notes, *tree.notes, *_checkpoint_notes(item), NO_CHECKSUM],
         metadata={
             "keys": {leaf.name: leaf.keys for leaf in tree.leaves},
             "scalars": {},
@@ -102,6 +100,14 @@ def open_source(path: Path, *, limits: PoolLimits | None = None) -> Source:
     source.check_unchanged = lambda: _check_unchanged(item.path, files)
     source.close = pool.close
     return source
+
+
+def _holds_arrays(name: str, arrays: Mapping[str, Found]) -> bool:
+    """Whether a file below the item is a part of its arrays, rather than one that lies beside them."""
+    if name in (MANIFEST, MSGPACK) or name.startswith((PROCESS, "d/")):
+        return True
+    folders = name.split("/")[:-1]
+    return any("/".join(folders[:n]) in arrays for n in range(1, len(folders) + 1))
 
 
 Found = tuple[Store, int]  # where an array is, and its zarr version
