@@ -9,6 +9,7 @@ from .config_gguf import from_gguf, llama_cpp_query_scalar, size_label, to_gguf
 from .config_huggingface import from_huggingface, to_huggingface
 from .config_keras import from_keras, keras_caveats, to_keras
 from .config_maxtext import from_maxtext, to_maxtext
+from .config_plain import completed, from_plain, to_plain
 from .config_reading import ConfigReading, ConfigWarning, fix
 from .config_shapes import (
     PADDING_ROWS,
@@ -27,11 +28,13 @@ __all__ = [
     "axis_sizes",
     "check_shapes",
     "closest_preset",
+    "completed",
     "fix",
     "from_gguf",
     "from_huggingface",
     "from_keras",
     "from_maxtext",
+    "from_plain",
     "from_preset",
     "from_shapes",
     "keras_caveats",
@@ -42,4 +45,5 @@ __all__ = [
     "to_huggingface",
     "to_keras",
     "to_maxtext",
+    "to_plain",
 ]

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..formats.errors import ConfigError, printable
 from .config import Family, GemmaConfig
-from .config_reading import MISSING, ConfigReading, Keys, Where
+from .config_plain import supply
+from .config_reading import MISSING, NO_GEMMA, ConfigReading, Keys, Where
 
 _LAYERS_OF_27B = 46
 # field -> key behind the architecture's prefix
@@ -49,12 +50,15 @@ def _assumed_scalar(sizes: Mapping[str, Any]) -> float:
     return float(sizes["head_dim"])
 
 
-def from_gguf(kv: Mapping[str, Any], where: Where = None) -> ConfigReading:
+def from_gguf(
+    kv: Mapping[str, Any], where: Where = None, beside: ConfigReading | None = None
+) -> ConfigReading:
     """Read GGUF metadata.
 
     Args:
         kv: key -> value; numbers may be NumPy scalars, arrays any sequence.
         where: the file, for messages.
+        beside: what a config.json or manifest beside the file says; supplies keys that the file lacks.
 
     Returns:
         The reading; its query scalar is the one llama.cpp runs the file with.
@@ -76,6 +80,7 @@ def from_gguf(kv: Mapping[str, Any], where: Where = None) -> ConfigReading:
         keys.whole("sliding_window", f"{arch}.attention.sliding_window")
     _rope(keys, arch)
     _vocabulary(keys, arch)
+    supply(keys, beside)
     if keys.missing:
         lacks = ", ".join(keys.missing.values())
         raise keys.error(f"the file's metadata lacks {lacks}.", _REGENERATE)
@@ -92,7 +97,8 @@ def _architecture(keys: Keys) -> Family:
         return family
     shown = "missing" if found is MISSING else printable(str(found), 60)
     raise keys.error(
-        f"general.architecture is {shown}; supported are gemma (Gemma 1) and gemma2 (Gemma 2)."
+        f"general.architecture is {shown}; supported are gemma (Gemma 1) and gemma2 (Gemma 2).",
+        "pass a GGUF file of a Gemma 1 or Gemma 2 text model.",
     )
 
 
@@ -112,7 +118,8 @@ def _head_dim(keys: Keys, arch: str) -> None:
     if other.values and keys.values.get("head_dim") not in (None, other.values["head_dim"]):
         raise keys.error(
             f"{key} is {keys.values['head_dim']}, {value} is {other.values['head_dim']}; Gemma's heads "
-            "have one width."
+            "have one width.",
+            NO_GEMMA,
         )
 
 
@@ -120,7 +127,8 @@ def _rope(keys: Keys, arch: str) -> None:
     _, kind = keys.raw(f"{arch}.rope.scaling.type")
     if kind not in (MISSING, None, "none"):
         raise keys.error(
-            f"{arch}.rope.scaling.type is {printable(str(kind), 60)}; Gemma 1 and 2 have no RoPE scaling."
+            f"{arch}.rope.scaling.type is {printable(str(kind), 60)}; Gemma 1 and 2 have no RoPE scaling.",
+            NO_GEMMA,
         )
     base = f"{arch}.rope.freq_base"
     if base in keys.mapping:
