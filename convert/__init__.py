@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["convert", "fingerprint", "open_checkpoint"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # lazily: importing a layout table must not pull in every container's library
     if name in ("convert", "fingerprint"):

@@ -16,17 +16,32 @@ from ..formats import manifest as manifests
 from ..formats.errors import (
     ChecksumError,
     FormatError,
+    NotFoundError,
     ParityError,
     ResumeError,
+    UnknownConfigError,
     UsageError,
+    printable,
 )
 from ..formats.manifest import FileEntry, LossyStep, Manifest, TensorEntry
+from ..formats.names import listing
 from ..formats.output import Output
+from ..formats.sharded import parse_size
 from ..model import canonical
 from ..model.config import GemmaConfig
-from . import digest
-from .open import Checkpoint, open_checkpoint
-from .plan import Conversion, Options, Task, dtype_label, plan_conversion, plan_hash_inputs
+from ..model.config_formats import to_plain
+from . import digest, unconfigured
+from .layout import Layout
+from .open import Checkpoint, open_checkpoint, stored_dtype
+from .plan import (
+    Conversion,
+    Options,
+    Task,
+    dtype_counts,
+    dtype_label,
+    plan_conversion,
+    plan_hash_inputs,
+)
 from .stream import TaskRecord, run_tasks
 from .targets import SOURCES, TARGETS, framework_of
 
@@ -62,7 +77,7 @@ def convert(
     fix_config: bool = False,
     gating: str | None = None,
     dtype: str = "keep",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     tokenizer: str | Path | None = None,
     check: str = "weights",
     drop_padding: bool = False,
@@ -84,7 +99,7 @@ def convert(
         fix_config: correct hyper-parameters known to be wrong in published files.
         gating: ``df`` or ``fd``; see :func:`g2kit.convert.open_checkpoint`.
         dtype: ``keep``, ``bf16``, ``f16`` or ``f32``.
-        max_shard_size: bytes per file, or None for one file.
+        max_shard_size: bytes of weights per file, as a number or as in ``"5GB"``; None for one file.
         tokenizer: tokenizer.model to put into the output instead of the one found.
         check: ``weights`` re-opens the output and compares every tensor's hash; ``none`` does not.
         drop_padding: leave out embedding rows past vocab_size though they are not all zero.
@@ -112,7 +127,7 @@ def convert(
     if gating not in (None, "df", "fd"):
         raise UsageError(f"gating must be df or fd, not {gating!r}.")
     options = Options(
-        to, layout, dtype, max_shard_size, gating, drop_padding, fold_query_scale,
+        to, layout, dtype, _size(max_shard_size), gating, drop_padding, fold_query_scale,
         None if tokenizer is None else str(tokenizer),
     )  # fmt: skip
     with _open(src, source, config, gating, fix_config) as checkpoint:
@@ -120,6 +135,17 @@ def convert(
             checkpoint, dst, options, check=check == "weights", dry_run=dry_run, resume=resume,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
+
+
+def _size(given: int | str | None) -> int | None:
+    if isinstance(given, str):
+        return parse_size(given)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+        raise UsageError(
+            f"max_shard_size must be a whole number of bytes, found {given!r}.",
+            fix='pass a number such as 5_000_000_000, or a text such as "5GB".',
+        )
+    return given
 
 
 def convert_checkpoint(
@@ -244,12 +270,11 @@ def _check_written(
     plan: Conversion, staged: Path, records: Mapping[str, TaskRecord], meter: Progress
 ) -> int:
     """Read every tensor back through the output format's own reader and compare hashes."""
-    gating = {True: "fd", False: "df", None: None}[plan.layout.variant.options.get("transposed")]
     with open_checkpoint(
         staged,
         config=plan.checkpoint.config,
         container=plan.target.container,
-        gating=gating,
+        gating=_gating(plan.layout),
         staged=True,
     ) as back:
         back.source.scratch = plan.checkpoint.source.scratch
@@ -303,6 +328,11 @@ def _lossy(plan: Conversion, records: Mapping[str, TaskRecord]) -> list[LossySte
     return [LossyStep(name, counts) for name, counts in sorted(steps.items())]
 
 
+def _gating(layout: Layout) -> str | None:
+    """Orientation of a Flax layout's gating matrices; None for layouts that leave nothing open."""
+    return {True: "fd", False: "df", None: None}[layout.variant.options.get("transposed")]
+
+
 def _manifest(plan: Conversion, records: Mapping[str, TaskRecord]) -> Manifest:
     dropped = 0 if _dropped_values(records) else plan.embedding.get("dropped_rows", 0)
     return Manifest(
@@ -316,6 +346,8 @@ def _manifest(plan: Conversion, records: Mapping[str, TaskRecord]) -> Manifest:
         lossy=tuple(_lossy(plan, records)),
         padding_rows={canonical.EMBED: dropped} if dropped else {},
         notes=tuple(plan.notes),
+        config=to_plain(plan.checkpoint.config),
+        gating=_gating(plan.layout),
     )
 
 
@@ -333,6 +365,7 @@ def _describe(plan: Conversion, dst: Path) -> tuple[Report, Report]:
         "layout": plan.layout.variant.name,
         "describe": plan.layout.variant.describe,
         "dtype": dtype_label(plan.slots),
+        "dtypes": dtype_counts(plan.slots),
         "bytes": plan.files.nbytes + sum(map(len, plan.extra.values())),
         "files": [{"name": f.name, "bytes": f.size} for f in plan.files.files]
         + [{"name": n, "bytes": len(b)} for n, b in plan.extra.items()],
@@ -422,7 +455,19 @@ def inspect(
     fix_config: bool = False,
     gating: str | None = None,
 ) -> Report:
-    """What a checkpoint is: format, layout, configuration and its origins, tensors, findings. Reads headers only."""
+    """What a checkpoint is: format, layout, configuration and its origins, tensors, findings. Reads headers only.
+
+    Where nothing says what the configuration is, ``config`` is None and ``config_unknown`` tells why; the rest is there.
+    """
+    try:
+        return _inspect(path, config, fix_config, gating)
+    except UnknownConfigError as e:
+        return unconfigured.inspection(Path(path), e)
+
+
+def _inspect(
+    path: str | Path, config: str | Path | GemmaConfig | None, fix_config: bool, gating: str | None
+) -> Report:
     with open_checkpoint(path, config=config, gating=gating, fix_config=fix_config) as c:
         held: dict[str, list[str]] = {}
         for row in c.layout.rows.values():
@@ -440,11 +485,14 @@ def inspect(
             "config": {k: _plain(getattr(c.config, k)) for k in c.config.__dataclass_fields__},
             "origin": c.reading.origin,
             "embedding": {"vocab_size": c.config.vocab_size, "source_rows": rows},
+            "gating": _gating(c.layout),
+            "gating_origin": c.gating or None,
             "bytes": sum(f.stat().st_size for f in c.source.files),
-            "dtypes": dict(Counter(t.stored for t in c.source.tensors.values())),
+            "dtypes": dict(Counter(stored_dtype(t) for t in c.source.tensors.values())),
             "tensors": [
                 {
                     "name": t.name,
+                    "dtype": stored_dtype(t),
                     "stored": t.stored,
                     "shape": list(t.shape),
                     "file": str(t.where),
@@ -516,19 +564,18 @@ def check(
     Raises:
         ChecksumError: lists what differs.
         FormatError: there is no manifest.
+        NotFoundError: there is nothing at that path.
+        UsageError: the path is a part of an output; its manifest speaks of the whole.
     """
     dst = Path(dst)
     meter = progress or _Silent()
-    at = manifests.path_for(dst)
-    if not at.exists():
-        raise FormatError(
-            "there is no g2kit manifest, so nothing to compare with.",
-            where=at,
-            fix="compare two checkpoints with `g2conv fingerprint` instead.",
-        )
+    at = _manifest_of(dst)
     expected = manifests.load(at)
     meter.start(sum(f.size for f in expected.files.values()), "hashing files")
-    manifests.check_files(dst, expected, lambda n: meter(n, "files"))
+    surplus = manifests.check_files(dst, expected, lambda n: meter(n, "files"))
+    notes = [f"not in the manifest, so not checked: {listing(surplus)}"] if surplus else []
+    if not dst.is_dir() and dst.name not in expected.files:
+        notes.append(f"renamed: the manifest calls it {printable(next(iter(expected.files), '?'))}")
     with open_checkpoint(
         dst, config=config, container=expected.format, gating=gating, fix_config=fix_config
     ) as c:
@@ -548,7 +595,30 @@ def check(
         "files": len(expected.files),
         "tensors": len(found),
         "fingerprint": expected.fingerprint,
+        "notes": notes,
     }
+
+
+def _manifest_of(dst: Path) -> Path:
+    """The manifest of an output, or an error that says where to look instead."""
+    at = manifests.path_for(dst)
+    if not dst.exists():
+        raise NotFoundError(
+            "no such file or directory.", where=dst, fix="pass an output of g2conv."
+        )
+    if at.is_file():
+        return at
+    if (above := manifests.covering(dst)) is not None:
+        raise UsageError(
+            f"this is a part of an output; the manifest in {printable(str(above.parent))} covers all of it.",
+            where=dst,
+            fix=f"run `g2conv check {printable(str(above.parent))}`.",
+        )
+    fix = "compare two checkpoints with `g2conv fingerprint` instead."
+    beside = sorted(p.name for p in dst.parent.glob(f"*.{manifests.NAME}")) if dst.is_file() else []
+    if beside:
+        fix = f"if the file was renamed, rename its manifest ({listing(beside)}) to {at.name}; else {fix}"
+    raise FormatError("there is no g2kit manifest, so nothing to compare with.", where=at, fix=fix)
 
 
 def sample(

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..formats import manifest
 from ..formats.base import Slot
 from ..formats.dtypes import BF16, F16, F32, names
+from ..formats.errors import printable
+from ..model.config import GemmaConfig
 from ..model.config_formats import llama_cpp_query_scalar, size_label, to_gguf
 from . import keras_preset
+from .config_passing import unheld_keys
 from .gguf_vocab import TOKENS, gguf_vocab, sentencepiece_from_gguf
 from .sidecar import Sidecars, find_sidecars, huggingface_files
-from .sidecar_files import TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_MODEL
+from .sidecar_files import CONFIG, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL
+from .tokenizer_rebuild import REBUILT as FROM_JSON
+from .tokenizer_rebuild import sentencepiece_from_json
 
 KV_QUERY_SCALAR = "g2kit.query_pre_attn_scalar"
 _FILE_TYPE = {F32: 0, F16: 1, BF16: 32}  # llama.cpp's LLAMA_FTYPE of unquantized files
+
+
+# sidecars whose content a GGUF file holds in its key-values
+_IN_GGUF = (CONFIG, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_MODEL)
+REBUILT = (
+    "tokenizer.model is rebuilt from the GGUF vocabulary: it encodes every text alike, but is not the "
+    "original file byte for byte"
+)
 
 
 def travelling(
@@ -34,7 +49,7 @@ def travelling(
     if TOKENS not in kv or tokenizer is not None:
         return found
     if TOKENIZER_MODEL not in found.names and kv.get("tokenizer.ggml.model") == "llama":
-        found = found.with_content(TOKENIZER_MODEL, sentencepiece_from_gguf(kv))
+        found = found.with_content(TOKENIZER_MODEL, sentencepiece_from_gguf(kv), REBUILT)
     template = kv.get("tokenizer.chat_template")
     if template and found.chat_template is None:
         found = found.with_content(TEMPLATE, str(template).encode())
@@ -64,6 +79,64 @@ def extra_files(
     return preset
 
 
+def _no_keras_key(config: GemmaConfig) -> list[str]:
+    """A KerasHub preset has no key for these; only values other than every Gemma's are worth a word."""
+    usual = {f.name: f.default for f in fields(GemmaConfig)}
+    names = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    odd = [f"{n} ({getattr(config, n)})" for n in names if getattr(config, n) != usual[n]]
+    return [f"keras has no key for {', '.join(odd)}; only the manifest keeps it"] if odd else []
+
+
+def with_sentencepiece(target: str, sidecars: Sidecars, notes: list[str]) -> Sidecars:
+    """For targets that hold a SentencePiece vocabulary only: one rebuilt where nothing but tokenizer.json is there.
+
+    Args:
+        target: framework being written.
+        sidecars: what travels along.
+        notes: told why it cannot be rebuilt exactly.
+    """
+    raw = sidecars.read(TOKENIZER_JSON)
+    if target not in ("gguf", "keras") or raw is None or TOKENIZER_MODEL in sidecars.names:
+        return sidecars
+    made, reason = sentencepiece_from_json(raw)
+    if made is None:
+        notes.append(
+            f"tokenizer.json cannot be made a SentencePiece vocabulary exactly, so {target} gets no tokenizer: {reason}"
+        )
+        return sidecars
+    return sidecars.with_content(TOKENIZER_MODEL, made, FROM_JSON)
+
+
+def without_room(
+    target: str, single: str | None, sidecars: Sidecars, config: GemmaConfig, written: Iterable[str]
+) -> list[str]:
+    """Notes on what travelled with the source and has no place in the output.
+
+    Args:
+        target: framework being written.
+        single: name of the one output file, or None for a directory.
+        sidecars: what travels along.
+        config: the model.
+        written: side files of the output.
+    """
+    held = {*written, *(_IN_GGUF if target == "gguf" else ()), manifest.NAME}
+    notes = []
+    if target == "keras" and not single:
+        # its own config.json and tokenizer.json are other things; the vocabulary has another name
+        held = {CONFIG, TOKENIZER_MODEL, manifest.NAME}
+        notes += _no_keras_key(config)
+    if lost := [name for name in sidecars.names if name not in held]:
+        into = f"{printable(single)} is one file and has" if single else f"{target} has"
+        kept = " (the manifest keeps the model's configuration)" if CONFIG in lost else ""
+        fix = "; name a directory to keep them" if single and target != "keras" else ""
+        notes.append(f"{into} no room for {', '.join(lost)}{kept}{fix}")
+    if CONFIG not in written or target == "keras":
+        keys = unheld_keys(sidecars.config or {})
+        if keys:
+            notes.append(f"left out of config.json, the output has no key for: {', '.join(keys)}")
+    return notes
+
+
 def gguf_kv(
     sidecars: Sidecars, config: Any, slots: Sequence[Slot], notes: list[str]
 ) -> list[tuple[str, str, Any]]:
@@ -76,7 +149,8 @@ def gguf_kv(
     files = huggingface_files(sidecars, config, dtype, build_tokenizer_json=False, notes=notes)
     if TOKENIZER_MODEL not in files:
         notes.append("llama.cpp loads no GGUF without a vocabulary")
-        return [*kv, last]
+        # otherwise only the length of the vocabulary says it
+        return [*kv, (f"{config.family}.vocab_size", "u32", config.vocab_size), last]
     settings = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     if TEMPLATE in files:
         settings.setdefault("chat_template", files[TEMPLATE].decode())
@@ -84,4 +158,11 @@ def gguf_kv(
     return [*kv, *gguf_vocab(files[TOKENIZER_MODEL], rows, settings, config.family), last]
 
 
-__all__ = ["KV_QUERY_SCALAR", "extra_files", "gguf_kv", "travelling"]
+__all__ = [
+    "KV_QUERY_SCALAR",
+    "extra_files",
+    "gguf_kv",
+    "travelling",
+    "with_sentencepiece",
+    "without_room",
+]

@@ -20,6 +20,7 @@ from ..model.config import END_OF_TURN, GemmaConfig
 from ..model.config_huggingface import one_or_list, to_huggingface
 from . import sidecar_files as names
 from .chat_template import END, GEMMA_TEMPLATE, START, tuned_for_chat
+from .config_passing import passed_on
 from .sidecar_files import Sidecars
 from .tokenizer_check import (
     RELEASED_TOKENS,
@@ -32,7 +33,7 @@ from .tokenizer_json import added_tokens, tokenizer_json
 
 _NO_LIMIT = 1000000000000000019884624838656  # what transformers writes for "no maximum length"
 _REMOTE_CODE = "auto_map"
-_NOT_KEPT = (_REMOTE_CODE, "_from_model_config", "transformers_version")
+_NOT_KEPT = (_REMOTE_CODE, "_from_model_config")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def huggingface_files(
                 f"taken for an instruction-tuned model ({sign}): generation stops at {END} too"
             )
     files = {
-        names.CONFIG: _json(to_huggingface(config, dtype)),
-        names.GENERATION: _json(_generation(source, config, tuple(dict.fromkeys(eos)))),
+        names.CONFIG: _json(passed_on(to_huggingface(config, dtype), sidecars.config or {}, notes)),
+        names.GENERATION: _json(_generation(source, config, tuple(dict.fromkeys(eos)), notes)),
         **tokenizer.files,
     }
     _add_tokenizer_config(files, sidecars, tokenizer.info, tuned, notes)
@@ -109,9 +110,11 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _generation(
-    source: dict[str, Any], config: GemmaConfig, eos: tuple[int, ...]
+    source: dict[str, Any], config: GemmaConfig, eos: tuple[int, ...], notes: list[str]
 ) -> dict[str, Any]:
     made = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    if dropped := sorted(source.keys() & set(_NOT_KEPT)):
+        notes.append(f"left out of generation_config.json: {', '.join(dropped)}")
     kept = {k: v for k, v in source.items() if k not in _NOT_KEPT}
     return made | kept | {"eos_token_id": one_or_list(eos)}
 
@@ -127,8 +130,9 @@ def _tokenizer_files(
         known = END_OF_TURN if config.vocab_size == RELEASED_TOKENS else None
         return _Tokenizer({}, None, known)
     where = sidecars.where(names.TOKENIZER_JSON)
-    tree = None if built is None else _object(built, where)
-    ids = {} if tree is None else token_ids(tree, where)
+    fix = _tokenizer_fix(sidecars)
+    tree = None if built is None else _object(built, where, fix)
+    ids = {} if tree is None else token_ids(tree, where, fix)
     files: dict[str, bytes] = {}
     info = None
     if raw is None:
@@ -176,10 +180,19 @@ def _checked(
         return check_tokenizer(raw, config, where=where, added=added)
 
 
-def _object(data: bytes, where: Any) -> dict[str, Any]:
+def _tokenizer_fix(sidecars: Sidecars) -> str:
+    """What to do about a bad tokenizer.json: it depends on whose choice it was, and what is beside it."""
+    if sidecars.tokenizer_named:
+        return "pass this model's tokenizer.model (or its tokenizer.json) with --tokenizer."
+    if sidecars.tokenizer_model is not None:
+        return "remove it; it is built again from tokenizer.model."
+    return "get it from its source again, or pass this model's tokenizer.model with --tokenizer."
+
+
+def _object(data: bytes, where: Any, fix: str) -> dict[str, Any]:
     value = strict_json.loads(data, where=where)
     if not isinstance(value, dict):
-        raise TokenizerError("this is no tokenizer.json.", where=where)
+        raise TokenizerError("this is no tokenizer.json.", where=where, fix=fix)
     return value
 
 

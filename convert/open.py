@@ -6,7 +6,7 @@ shape against the config. All of it happens before one weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..formats import manifest as manifests
 from ..formats.base import Source, Tensor, iter_row_blocks
-from ..formats.dtypes import FLOATS
-from ..formats.errors import ConfigError, DtypeError, FileIOError, FormatError, ShapeError
+from ..formats.dtypes import FLOATS, short
+from ..formats.errors import (
+    ConfigError,
+    DtypeError,
+    FileIOError,
+    FormatError,
+    InputError,
+    ShapeError,
+    UsageError,
+)
 from ..formats.names import listing
 from ..formats.strict_json import load as load_json
 from ..model import canonical
@@ -24,10 +33,12 @@ from ..model.config import PRESETS, GemmaConfig
 from ..model.config_formats import (
     ConfigReading,
     closest_preset,
+    completed,
     from_gguf,
     from_huggingface,
     from_keras,
     from_maxtext,
+    from_plain,
     from_preset,
     from_shapes,
     shape_differences,
@@ -81,7 +92,18 @@ class LazyTensor:
         )
 
     def read_rows(self, start: int, stop: int) -> Array:
-        """Rows ``start:stop`` of axis 0; reads more than that where storage order differs."""
+        """Rows ``start:stop`` of axis 0; reads more than that where storage order differs.
+
+        Raises:
+            UsageError: not ``0 <= start <= stop <= shape[0]``.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise UsageError(
+                f"rows {start}:{stop} of a tensor with {self.shape[0]} rows.",
+                where=self.source.where,
+                tensor=self.name,
+                fix=f"pass 0 <= start <= stop <= {self.shape[0]}.",
+            )
         if not self.streams_rows:
             return self.read()[start:stop]
         _, index, _ = self.placement.rows(start, stop)
@@ -120,6 +142,7 @@ class Checkpoint:
         tensors: canonical name -> lazy tensor, in forward order.
         sidecars: tokenizer and other files found beside the weights.
         notes: odd but harmless findings.
+        gating: where the orientation of Flax gating matrices is known from, empty for other layouts.
     """
 
     path: Path
@@ -129,6 +152,14 @@ class Checkpoint:
     tensors: dict[str, LazyTensor]
     sidecars: sidecar.Sidecars
     notes: list[str] = field(default_factory=list)
+    gating: str = ""
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<Checkpoint {str(self.path)!r}: {c.family}, {c.num_hidden_layers} layers, {c.num_parameters:,} "
+            f"parameters, {_dtypes(self.tensors.values())}, {self.layout.variant.describe}>"
+        )
 
     @property
     def config(self) -> GemmaConfig:
@@ -154,6 +185,15 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _dtypes(tensors: Iterable[LazyTensor]) -> str:
+    return "/".join(dict.fromkeys(stored_dtype(t.source) for t in tensors))
+
+
+def stored_dtype(tensor: Tensor) -> str:
+    """One spelling for every container's types: ``bf16``, or the packed kind of quantized weights, ``Q4_K``."""
+    return tensor.stored if tensor.quantized is not None else short(tensor.dtype)
 
 
 def open_checkpoint(
@@ -218,20 +258,56 @@ def _open(
         from ..model.config_formats import fix
 
         reading = fix(reading)
-    layout = fit_shapes(source, fits, reading.config, gating)
+    layout, oriented = _oriented(source, fits, reading.config, gating, sidecars)
     tensors = {
         name: _lazy(source, *layout.placements[name], reading.config) for name in layout.tensors
     }
     _restore_norm_dtype(tensors)
-    notes = list(source.notes)
-    checkpoint = Checkpoint(path, source, layout, reading, tensors, sidecars, notes)
-    ignored = [n for n in source.tensors if layout.variant.is_ignored(n)]
-    if ignored:
-        notes.append(f"left out, derived or training state: {', '.join(sorted(ignored)[:4])}")
+    notes = _notes(source, sidecars)
+    checkpoint = Checkpoint(path, source, layout, reading, tensors, sidecars, notes, oriented)
+    if state := _state(source, layout):
+        notes.append(f"left out, derived or training state: {listing(state)}")
     extra = source.metadata.get("extra")
     if extra:
         notes.append(f"left out, not weights of the model: {listing(list(extra))}")
     return checkpoint
+
+
+def _state(source: Source, layout: Layout) -> list[str]:
+    """What the file holds besides weights and no conversion carries over: optimizer state, steps, derived buffers."""
+    ignored = sorted(n for n in source.tensors if layout.variant.is_ignored(n))
+    scalars = source.metadata.get("scalars", {})
+    return ignored + [f"{name} = {value}" for name, value in scalars.items()]
+
+
+def _notes(source: Source, sidecars: sidecar.Sidecars) -> list[str]:
+    """The container's findings; Orbax's lack of checksums is none beside a manifest that has them."""
+    if source.format != "orbax" or not sidecars.manifest_fits:
+        return list(source.notes)
+    from ..formats.orbax import NO_CHECKSUM
+
+    instead = "Orbax stores no checksums, but g2kit's manifest has them: `g2conv check` compares every file."
+    return [instead if note == NO_CHECKSUM else note for note in source.notes]
+
+
+def _oriented(
+    source: Source,
+    fits: list[Match],
+    config: GemmaConfig,
+    gating: str | None,
+    sidecars: sidecar.Sidecars,
+) -> tuple[Layout, str]:
+    """The table, and what tells the orientation of its gating matrices."""
+    manifest = sidecars.own_manifest if sidecars.manifest_fits else None
+    noted = manifest.gating if manifest else None
+    layout = fit_shapes(source, fits, config, gating or noted)
+    if "transposed" not in layout.variant.options:
+        return layout, ""
+    if config.hidden_size != config.intermediate_size:
+        return layout, "the shapes"
+    if gating is not None:
+        return layout, "--gating"
+    return layout, manifests.NAME if noted else "the released model of this configuration"
 
 
 def _lazy(source: Source, row: Row, placement: Placement, config: GemmaConfig) -> LazyTensor:
@@ -241,6 +317,9 @@ def _lazy(source: Source, row: Row, placement: Placement, config: GemmaConfig) -
             f"stored as {tensor.stored}; weights must be bf16, f16, f32 or f64.",
             where=tensor.where,
             tensor=tensor.name,
+            fix="this looks like a quantized copy; convert the checkpoint it was made from.",
+            found=tensor.stored,
+            expected=["bf16", "f16", "f32", "f64"],
         )
     step = STEPS[placement.step] if placement.step else None
     if step is not None and step.is_identity(config):
@@ -275,18 +354,33 @@ def resolve_config(
     """
     if option is not None:
         return config_option(option)
+    beside = _beside(source, sidecars)
     if source.format == "gguf":
-        return _from_gguf(source)
+        return completed(_from_gguf(source, beside), beside)
     if source.format == "keras_h5" and "config" in source.metadata:
-        return from_keras(source.metadata["config"], source.path)
-    if sidecars.config is not None:
-        return read_config(sidecars.config, sidecars.config_path)
-    return _from_released_shapes(source, fits)
+        return completed(from_keras(source.metadata["config"], source.path), beside)
+    return beside[0] if beside else _from_released_shapes(source, fits)
 
 
-def _from_gguf(source: Source) -> ConfigReading:
+def _beside(source: Source, sidecars: sidecar.Sidecars) -> list[ConfigReading]:
+    """What config.json and g2kit's manifest say, the more trusted one first."""
+    told = sidecars.manifest_config
+    found = [] if told is None else [from_plain(told, sidecars.where(manifests.NAME))]
+    # a single file's own manifest tells more surely about it than a config.json in the same directory
+    at = len(found) if sidecars.has_own_manifest else 0
+    try:
+        if sidecars.config is not None:
+            found.insert(at, read_config(sidecars.config, sidecars.config_path))
+    except InputError:
+        # a GGUF file tells what it is by itself; what lies beside it may be another model's
+        if source.format != "gguf" and not found[:at]:
+            raise
+    return found
+
+
+def _from_gguf(source: Source, beside: list[ConfigReading]) -> ConfigReading:
     kv = source.metadata["kv"]
-    reading = from_gguf(kv, source.path)
+    reading = from_gguf(kv, source.path, next(iter(beside), None))
     if KV_QUERY_SCALAR in kv:
         scalar = float(kv[KV_QUERY_SCALAR])
         origin = reading.origin | {"query_pre_attn_scalar": f"GGUF key {KV_QUERY_SCALAR}"}
@@ -327,7 +421,11 @@ _CONFIG_KINDS = (
 def read_config(mapping: Any, where: Path, label: str = "config.json key") -> ConfigReading:
     """A parsed configuration of Hugging Face, MaxText or Keras, told apart by their keys."""
     if not isinstance(mapping, dict):
-        raise ConfigError("the configuration is not a JSON object.", where=where)
+        raise ConfigError(
+            "the configuration is not a JSON object.",
+            where=where,
+            fix="pass a Hugging Face config.json or a preset's name with --config.",
+        )
     if "model_type" not in mapping:
         for key, reader in _CONFIG_KINDS:
             if key in mapping:
@@ -410,6 +508,8 @@ def fit_shapes(
             f"{config.num_hidden_layers} layers of {config.family}.",
             where=source.path,
             fix=_looks_like(source, fits) or "pass the configuration of this model with --config.",
+            found=[f.family, f.num_layers],
+            expected=[config.family, config.num_hidden_layers],
         )
     candidates = [_layout(source, f, config) for f in same if not _fused_misfit(f, config)]
     if not candidates:
@@ -433,6 +533,8 @@ def fit_shapes(
         where=source.path,
         tensor=bad[0][0] if len(bad) == 1 else None,
         fix=_looks_like(source, fits) or "pass the configuration of this model with --config.",
+        found={name: list(shape) for name, shape, _ in bad},
+        expected={name: list(shape) for name, _, shape in bad},
     )
 
 

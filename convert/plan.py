@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 import numpy as np
 
 from ..formats.base import Array, ContainerPlan, Index, Slot, Tensor
-from ..formats.dtypes import BY_SHORT, F32, names, short
-from ..formats.errors import ConfigError, DtypeError, LossyError, UsageError
+from ..formats.dtypes import BY_SHORT, F32, short
+from ..formats.errors import ConfigError, DtypeError, LossyError, UsageError, printable
+from ..formats.names import listing
+from ..formats.output_resume import CONTENT
 from ..model import canonical
 from ..model.config import GemmaConfig
 from ..model.config_formats import ConfigWarning
 from .digest import same_bits
-from .extras import extra_files, gguf_kv, travelling
+from .extras import extra_files, gguf_kv, travelling, with_sentencepiece, without_room
 from .layout import Layout, Placement, Row
 from .open import Checkpoint, LazyTensor
 from .steps import STEPS, Step
-from .targets import TARGETS, PlanRequest, Target, check_dtype, target_variant
+from .targets import TARGETS, PlanRequest, Target, check_dtype, single_file, target_variant
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,10 @@ def plan_conversion(checkpoint: Checkpoint, dst: Path, options: Options) -> Conv
     config = checkpoint.config
     if options.max_shard_size is not None and not target.shards:
         sharded = ", ".join(t.name for t in TARGETS.values() if t.shards)
-        raise UsageError(f"--max-shard-size applies to {sharded}, not to {target.name}.")
+        raise UsageError(
+            f"--max-shard-size applies to {sharded}, not to {target.name}.",
+            fix="leave it out.",
+        )
     notes = list(checkpoint.notes)
     _check_head(checkpoint, notes)
     rows, embedding = _embedding_rows(checkpoint, target, options, notes)
@@ -142,18 +148,40 @@ def plan_conversion(checkpoint: Checkpoint, dst: Path, options: Options) -> Conv
     if embedding.get("dropped_rows"):
         tasks[0] = _dropping(checkpoint, tasks[0], target, options)
     slots = _slots(layout, tasks, target)
-    single = dst.name if dst.suffix in target.single_file and not dst.is_dir() else None
+    single = single_file(dst, target)
     if single and options.max_shard_size is not None:
         raise UsageError(
-            f"{dst.name} is one file, but --max-shard-size asks for several.",
+            f"{printable(dst.name)} is one file, but --max-shard-size asks for several.",
             fix="name a directory as the destination.",
         )
-    kv, extra = _side_files(checkpoint, target, slots, options, single is not None, notes)
+    kv, extra = _side_files(checkpoint, target, slots, options, single, notes)
     request = PlanRequest(layout, slots, options.max_shard_size, single, kv)
+    files = target.plan(request)
+    notes += _oversized(files, slots, options.max_shard_size)
     return Conversion(
-        checkpoint, target, layout, options, slots, target.plan(request), tasks, extra, single,
-        embedding, notes,
-    )  # fmt: skip
+        checkpoint, target, layout, options, slots, files, tasks, extra, single, embedding, notes
+    )
+
+
+def _oversized(files: ContainerPlan, slots: list[Slot], limit: int | None) -> list[str]:
+    """Notes on files that --max-shard-size could not keep small, and why."""
+    if limit is None:
+        return []
+    notes = []
+    if large := [s for s in slots if s.nbytes > limit]:
+        listed = listing([f"{s.name} ({s.nbytes} bytes)" for s in large], 3)
+        notes.append(
+            f"{len(large)} tensors are larger than --max-shard-size ({limit} bytes) and get a file each: {listed}"
+        )
+    alone = {chunk.file for s in large for chunk in files.chunks[s.name]}
+    over = [f for f in files.files if f.size > limit and f.name not in alone]
+    if over:
+        worst = max(over, key=lambda f: f.size)
+        notes.append(
+            f"--max-shard-size counts weights only: with headers and padding, {len(over)} files are larger, "
+            f"{worst.name} by {worst.size - limit} bytes"
+        )
+    return notes
 
 
 def _side_files(
@@ -161,7 +189,7 @@ def _side_files(
     target: Target,
     slots: list[Slot],
     options: Options,
-    single: bool,
+    single: str | None,
     notes: list[str],
 ) -> tuple[list[tuple[str, str, Any]], dict[str, bytes]]:
     """GGUF key-values and the files beside the weights."""
@@ -171,13 +199,15 @@ def _side_files(
     if kv or options.tokenizer:
         sidecars = travelling(checkpoint.path, source.format, kv, options.tokenizer)
     config, unheard = checkpoint.config, list[str]()
-    dtype = BY_SHORT[dtype_label(slots)]
+    sidecars = with_sentencepiece(target.name, sidecars, notes)
     pairs = gguf_kv(sidecars, config, slots, notes) if target.name == "gguf" else []
-    if single:
-        return pairs, {}
-    # GGUF has said already what there is to say
-    said = unheard if target.name == "gguf" else notes
-    return pairs, extra_files(target.name, sidecars, config, dtype, said)
+    extra: dict[str, bytes] = {}
+    if single is None:
+        # GGUF has said already what there is to say
+        said = unheard if target.name == "gguf" else notes
+        extra = extra_files(target.name, sidecars, config, _main_dtype(slots), said)
+    notes += without_room(target.name, single, sidecars, config, extra)
+    return pairs, extra
 
 
 def _check_head(checkpoint: Checkpoint, notes: list[str]) -> None:
@@ -226,9 +256,11 @@ def _embedding_rows(
         return vocab, account
     account |= {"rows": vocab, "dropped_rows": padding}
     kind = (
-        "accepted by --drop-padding" if options.drop_padding else "all zero, or the run is refused"
+        "whatever they hold (--drop-padding)"
+        if options.drop_padding
+        else "once every one of them is found to be all zero"
     )
-    notes.append(f"{padding} embedding rows past vocab_size left out ({kind})")
+    notes.append(f"{padding} embedding rows past vocab_size are padding and left out, {kind}")
     return vocab, account
 
 
@@ -361,25 +393,49 @@ def _slots(layout: Layout, tasks: list[Task], target: Target) -> list[Slot]:
     return slots
 
 
-def dtype_label(slots: list[Slot]) -> str:
-    """The dtype holding most bytes, for file names and metadata."""
+def dtype_counts(slots: list[Slot]) -> dict[str, int]:
+    """Element type -> how many foreign tensors have it, the one holding most bytes first."""
     sizes: dict[np.dtype, int] = {}
     for s in slots:
         sizes[s.dtype] = sizes.get(s.dtype, 0) + s.nbytes
-    return names(max(sizes, key=lambda d: sizes[d])).short if sizes else short(F32)
+    ranked = sorted(sizes, key=lambda d: -sizes[d])
+    return {short(d): sum(s.dtype == d for s in slots) for d in ranked}
+
+
+def dtype_label(slots: list[Slot]) -> str:
+    """The one element type of the output, or ``mixed``."""
+    counts = dtype_counts(slots)
+    return next(iter(counts), short(F32)) if len(counts) < 2 else "mixed"
+
+
+def _main_dtype(slots: list[Slot]) -> np.dtype:
+    """The element type holding most bytes, which config.json names."""
+    return BY_SHORT[next(iter(dtype_counts(slots)), short(F32))]
 
 
 def plan_hash_inputs(conversion: Conversion, source_identity: Mapping[str, str]) -> dict[str, str]:
-    """What must be equal for a partial output to be resumed."""
+    """What must be equal for a partial output to be resumed; the keys are words for the user.
+
+    ``--drop-padding`` is among them: without it the run looks at the rows left out, which an embedding that is done
+    already would escape. ``--fold-query-scale`` is not: where it matters, planning refuses without it.
+    """
     o = conversion.options
+    config = conversion.checkpoint.config
     return {
-        "source": source_identity["source"],
-        "config": repr(conversion.checkpoint.config),
-        "to": o.to,
-        "layout": conversion.layout.variant.name,
-        "gating": str(conversion.layout.variant.options.get("transposed", "")),
-        "dtype": o.dtype,
-        "max_shard_size": str(o.max_shard_size),
-        "rows": str(conversion.layout.embedding_rows),
-        "tool": source_identity["tool"],
+        "the source (names, shapes and sizes)": source_identity["source"],
+        **{f"config {k}": str(getattr(config, k)) for k in config.__dataclass_fields__},
+        "the framework": o.to,
+        "--layout": conversion.layout.variant.name,
+        "--gating": {True: "fd", False: "df"}.get(
+            conversion.layout.variant.options.get("transposed", ""), ""
+        ),
+        "--dtype": o.dtype,
+        "--max-shard-size": str(o.max_shard_size),
+        "--drop-padding": "given" if o.drop_padding else "",
+        "rows of the embedding": str(conversion.layout.embedding_rows),
+        "g2kit's version": source_identity["tool"],
+        **{
+            f"{CONTENT}{name}": hashlib.sha256(data).hexdigest()
+            for name, data in conversion.extra.items()
+        },
     }

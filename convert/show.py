@@ -31,6 +31,8 @@ def _shape(shape: Sequence[int]) -> str:
 
 def inspection(r: Report, *, tensors: bool = False) -> str:
     """``g2conv inspect``."""
+    if r["config"] is None:
+        return _without_config(r, tensors=tensors)
     c, origin = r["config"], r["origin"]
     out = [
         printable(r["path"]),
@@ -43,6 +45,7 @@ def inspection(r: Report, *, tensors: bool = False) -> str:
                     f"{len(r['tensors'])} tensors, {size(r['bytes'])}, {_dtypes(r['dtypes'])}",
                 ),
                 ("embedding", _embedding(r["embedding"])),
+                *_gating(r),
                 ("beside it", ", ".join(r["sidecars"]) or "no tokenizer or configuration"),
             ]
         ),
@@ -52,6 +55,39 @@ def inspection(r: Report, *, tensors: bool = False) -> str:
     for title, lines in (("warnings", r["warnings"]), ("notes", r["notes"])):
         if lines:
             out += [title, *(f"  - {printable(line, 2000)}" for line in lines)]
+    if tensors:
+        out += ["tensors", table(_tensor_rows(r["tensors"]))]
+    return "\n".join(out)
+
+
+def _gating(r: Report) -> list[tuple[str, str]]:
+    """How Flax stores gate and up, and what says so; no line for other formats."""
+    if not r["gating"]:
+        return []
+    axes = {"df": "[2, d, f]", "fd": "[2, f, d]"}[r["gating"]]
+    return [("gating", f"{axes} ({r['gating']}), from {r['gating_origin']}")]
+
+
+def _without_config(r: Report, *, tensors: bool) -> str:
+    names = " or ".join(f"{c['describe']} (--layout {c['layout']})" for c in r["candidates"])
+    rows = [
+        ("format", f"{r['format']}, {names}"),
+        ("model", f"{r['family']}, {_number(r['elements'])} numbers stored"),
+        ("stored", f"{len(r['tensors'])} tensors, {size(r['bytes'])}, {_dtypes(r['dtypes'])}"),
+        ("embedding", f"{_number(r['embedding']['source_rows'] or 0)} rows"),
+        ("beside it", ", ".join(r["sidecars"]) or "no tokenizer or configuration"),
+    ]
+    out = [
+        printable(r["path"]),
+        table(rows),
+        "sizes, from the shapes",
+        table((k, str(v)) for k, v in r["sizes"].items()),
+        f"configuration: unknown, needs --config, because no released {r['family']} model has these sizes, and "
+        f"{', '.join(r['unstored'])} are not stored",
+        f"  Fix: {r['config_unknown']['fix']}",
+    ]
+    if r["notes"]:
+        out += ["notes", *(f"  - {printable(n, 2000)}" for n in r["notes"])]
     if tensors:
         out += ["tensors", table(_tensor_rows(r["tensors"]))]
     return "\n".join(out)
@@ -80,11 +116,11 @@ def _embedding(e: Report) -> str:
 
 
 def _tensor_rows(tensors: list[Report]) -> Iterable[Sequence[str]]:
-    yield ("NAME", "STORED", "SHAPE", "CANONICAL")
+    yield ("NAME", "DTYPE", "SHAPE", "CANONICAL")
     for t in tensors:
         yield (
             printable(t["name"]),
-            t["stored"],
+            t["dtype"],
             _shape(t["shape"]),
             ", ".join(t["canonical"]) or "-",
         )
@@ -96,7 +132,7 @@ def plan(r: Report) -> str:
         ("from", f"{printable(r['source']['path'])} ({r['source']['describe']})"),
         (
             "to",
-            f"{printable(r['output']['path'])} ({r['output']['describe']}, {r['output']['dtype']})",
+            f"{printable(r['output']['path'])} ({r['output']['describe']}, {_written(r['output'])})",
         ),
         ("write", f"{size(r['output']['bytes'])} in {len(r['output']['files'])} files"),
         ("free", f"{size(r['resources']['free_bytes'])} on that file system"),
@@ -112,6 +148,12 @@ def plan(r: Report) -> str:
     if r["notes"]:
         out += ["notes", *(f"  - {printable(n, 2000)}" for n in r["notes"])]
     return "\n".join(out)
+
+
+def _written(output: Report) -> str:
+    """The element type, or how many tensors have which."""
+    mixed = output["dtype"] == "mixed"
+    return f"mixed: {_dtypes(output['dtypes'])}" if mixed else str(output["dtype"])
 
 
 def _steps(steps: list[str]) -> str:
@@ -131,7 +173,7 @@ def result(r: Report) -> str:
         ("from", f"{printable(r['source']['path'])} ({r['source']['describe']})"),
         (
             "to",
-            f"{printable(r['output']['path'])} ({r['output']['describe']}, {r['output']['dtype']})",
+            f"{printable(r['output']['path'])} ({r['output']['describe']}, {_written(r['output'])})",
         ),
         ("wrote", _wrote(r)),
         ("source", r["source"]["fingerprint"]),
@@ -146,16 +188,16 @@ def result(r: Report) -> str:
 
 def _step(s: Report) -> str:
     """One step that does arithmetic, and what it changed."""
+    tensors = f"{s['tensors']} tensor{'' if s['tensors'] == 1 else 's'}"
     if s["step"].startswith("reading "):
         return (
-            f"{s['step']}: {_number(s['changed'])} stored elements were rounded when read, in "
-            f"{s['tensors']} tensors"
+            f"{s['step']}: {_number(s['changed'])} stored elements were rounded when read, in {tensors}"
         )
     if not s["changed"]:
-        return f"{s['step']}: {s['tensors']} tensors, every element comes back exactly"
+        return f"{s['step']}: {tensors}, every element comes back exactly"
     return (
         f"{s['step']}: {_number(s['changed'])} of {_number(s['elements'])} elements do not come "
-        f"back exactly, in {s['tensors']} tensors"
+        f"back exactly, in {tensors}"
     )
 
 
@@ -194,7 +236,6 @@ def warnings(r: Report) -> list[str]:
 
 def checked(r: Report) -> str:
     """``g2conv check``."""
-    return (
-        f"ok  {printable(r['path'])}: {r['files']} files and {r['tensors']} tensors match the manifest\n"
-        f"    {r['fingerprint']}"
-    )
+    ok = f"ok  {printable(r['path'])}: {r['files']} files and {r['tensors']} tensors match the manifest"
+    notes = [f"note     {printable(n, 2000)}" for n in r["notes"]]
+    return "\n".join([ok, f"    {r['fingerprint']}", *notes])

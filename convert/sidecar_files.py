@@ -17,10 +17,10 @@ from typing import Any
 
 from ..formats import manifest, strict_json
 from ..formats.errors import (
-    FileIOError,
     FormatError,
     G2Error,
     LimitError,
+    NotFoundError,
     TokenizerError,
     printable,
 )
@@ -54,6 +54,8 @@ class Sidecars:
         source_format: container module's name of the checkpoint.
         contents: sidecar name -> bytes that take the place of a file (a tokenizer rebuilt from GGUF
             metadata).
+        path: the checkpoint itself.
+        tokenizer_named: whether the user chose the tokenizer (``--tokenizer``).
     """
 
     directory: Path
@@ -61,6 +63,8 @@ class Sidecars:
     notes: tuple[str, ...] = ()
     source_format: str = ""
     contents: Mapping[str, bytes] = field(default_factory=dict)
+    path: Path | None = None
+    tokenizer_named: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -163,15 +167,43 @@ class Sidecars:
         return found if isinstance(found, str) else None
 
     @cached_property
-    def manifest_embedding(self) -> dict[str, int]:
-        """``source_rows``: embedding rows before an earlier conversion dropped padding, from g2kit's manifest."""
+    def own_manifest(self) -> manifest.Manifest | None:
+        """g2kit's manifest; None where it is absent or damaged (`g2conv check` judges that)."""
         path = self.files.get(manifest.NAME)
         if path is None:
-            return {}
+            return None
         try:
-            found = manifest.load(path)
+            return manifest.load(path)
         except G2Error:
-            return {}  # only a hint; `g2conv check` judges manifests
+            return None
+
+    @cached_property
+    def manifest_fits(self) -> bool:
+        """Whether the manifest can be that of the files which are here now."""
+        path = self.files.get(manifest.NAME)
+        return (
+            path is not None
+            and self.own_manifest is not None
+            and manifest.describes(path, self.own_manifest, self.path or self.directory, _ALL)
+        )
+
+    @cached_property
+    def manifest_config(self) -> Mapping[str, Any] | None:
+        """The model's configuration as an earlier conversion noted it."""
+        return self.own_manifest.config if self.own_manifest and self.manifest_fits else None
+
+    @property
+    def has_own_manifest(self) -> bool:
+        """Whether the manifest speaks of this single file, which a config.json beside it may not."""
+        path = self.files.get(manifest.NAME)
+        return path is not None and path.name != manifest.NAME
+
+    @cached_property
+    def manifest_embedding(self) -> dict[str, int]:
+        """``source_rows``: embedding rows before an earlier conversion dropped padding, from g2kit's manifest."""
+        found = self.own_manifest
+        if found is None:
+            return {}
         entry = found.tensors.get(EMBED)
         dropped = found.padding_rows.get(EMBED, 0)
         return (
@@ -186,7 +218,7 @@ class Sidecars:
                 tokenizer is kept.
 
         Raises:
-            FileIOError: nothing there.
+            NotFoundError: nothing there.
             TokenizerError: a directory without a tokenizer, or an empty file.
         """
         kept = {k: v for k, v in self.files.items() if k not in _TOKENIZER_FILES}
@@ -198,7 +230,11 @@ class Sidecars:
         elif path.is_file() and path.stat().st_size:
             found[TOKENIZER_JSON if path.suffix == ".json" else TOKENIZER_MODEL] = path
         elif not path.exists():
-            raise FileIOError("no such file or directory.", where=path)
+            raise NotFoundError(
+                "no such file or directory.",
+                where=path,
+                fix="pass the tokenizer.model of this model, or the directory it is in.",
+            )
         if TOKENIZER_MODEL not in found and TOKENIZER_JSON not in found:
             raise TokenizerError(
                 f"no tokenizer here{': ' + notes[0] if notes else ''}.",
@@ -210,11 +246,17 @@ class Sidecars:
             contents[TEMPLATE] = self.chat_template.encode(
                 "utf-8"
             )  # the model's, not the tokenizer's
-        return replace(self, files=kept | found, notes=(*self.notes, *notes), contents=contents)
+        return replace(
+            self,
+            files=kept | found,
+            notes=(*self.notes, *notes),
+            contents=contents,
+            tokenizer_named=True,
+        )
 
-    def with_content(self, name: str, data: bytes) -> Sidecars:
+    def with_content(self, name: str, data: bytes, *notes: str) -> Sidecars:
         """The same, but with a sidecar that is no file."""
-        return replace(self, contents={**self.contents, name: data})
+        return replace(self, contents={**self.contents, name: data}, notes=(*self.notes, *notes))
 
 
 def find_sidecars(path: Path, source_format: str, tokenizer: Path | None = None) -> Sidecars:
@@ -227,7 +269,7 @@ def find_sidecars(path: Path, source_format: str, tokenizer: Path | None = None)
 
     Raises:
         UnsafePathError: a sidecar is a symbolic link that leaves its directory.
-        FileIOError: ``tokenizer`` is not there.
+        NotFoundError: ``tokenizer`` is not there.
         TokenizerError: ``tokenizer`` is none.
     """
     directory = path if path.is_dir() else path.parent
@@ -241,16 +283,14 @@ def find_sidecars(path: Path, source_format: str, tokenizer: Path | None = None)
         for name in _ALL:
             _look(directory, name, files, notes)
         _look_for_keras(directory, files, notes)
-    single = manifest.path_for(path) if path.is_file() else None
-    if single is not None and single.is_file():
-        files[manifest.NAME] = single
-    elif path.is_dir():
-        _look(directory, manifest.NAME, files, notes)
+    covering = manifest.covering(path)
+    if covering is not None:
+        files[manifest.NAME] = covering
     # in its metadata, or named: then nothing above is taken, nor said to be
     has_own = source_format == "gguf" or tokenizer is not None
     if not has_own and TOKENIZER_MODEL not in files and TOKENIZER_JSON not in files:
         _look_above(directory, files, notes)
-    found = Sidecars(directory, files, tuple(notes), source_format)
+    found = Sidecars(directory, files, tuple(notes), source_format, path=path)
     return found if tokenizer is None else found.with_tokenizer(tokenizer)
 
 

@@ -377,6 +377,7 @@ def test_files_of_the_source_are_kept_and_mended(tmp_path: Path) -> None:
     }  # fmt: skip
     assert files["generation_config.json"] == {
         "bos_token_id": 2, "eos_token_id": [1, 18], "pad_token_id": 1, "cache_implementation": "hybrid",
+        "transformers_version": "4.42",
     }  # fmt: skip
     assert files["special_tokens_map.json"] == {"bos_token": "<bos>"}
     raw = huggingface_files(find_sidecars(tmp_path, "safetensors"), CONFIG, BF16)
@@ -384,6 +385,7 @@ def test_files_of_the_source_are_kept_and_mended(tmp_path: Path) -> None:
     assert [n.split(",")[0] for n in notes] == [
         "taken for an instruction-tuned model (<end_of_turn> ends its output): generation stops at "
         "<end_of_turn> too",
+        "left out of generation_config.json: _from_model_config",
         "tokenizer_config.json's auto_map",
         "tokenizer_config.json had add_bos_token false; Gemma needs <bos>",
     ]
