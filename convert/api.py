@@ -599,6 +599,13 @@ def check(
     }
 
 
+def _orphans(directory: Path) -> list[str]:
+    """Manifests of single files that are not there any more under their names."""
+    suffix = f".{manifests.NAME}"
+    found = directory.glob(f"*{suffix}")
+    return sorted(p.name for p in found if not p.with_name(p.name.removesuffix(suffix)).exists())
+
+
 def _manifest_of(dst: Path) -> Path:
     """The manifest of an output, or an error that says where to look instead."""
     at = manifests.path_for(dst)
@@ -615,8 +622,7 @@ def _manifest_of(dst: Path) -> Path:
             fix=f"run `g2conv check {printable(str(above.parent))}`.",
         )
     fix = "compare two checkpoints with `g2conv fingerprint` instead."
-    beside = sorted(p.name for p in dst.parent.glob(f"*.{manifests.NAME}")) if dst.is_file() else []
-    if beside:
+    if dst.is_file() and (beside := _orphans(dst.parent)):
         fix = f"if the file was renamed, rename its manifest ({listing(beside)}) to {at.name}; else {fix}"
     raise FormatError("there is no g2kit manifest, so nothing to compare with.", where=at, fix=fix)
 

@@ -74,11 +74,13 @@ def passed_on(
 
 def unheld_keys(source: Mapping[str, Any]) -> list[str]:
     """Keys of a config.json with a value that no GemmaConfig holds, in alphabetical order."""
-    plain = {"attention_bias": (False,), "attention_dropout": (0, 0.0), "use_cache": (True,)}
+    plain = {
+        "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+    }  # fmt: skip
     return sorted(
         printable(key, 60)
         for key, value in source.items()
-        if key not in _COVERED and value is not None and value not in plain.get(key, ())
+        if key not in _COVERED and value is not None and value != plain.get(key)
     )
 
 

@@ -69,6 +69,7 @@ def test_a_single_file_keeps_its_configuration(name: str, tmp_path: Path) -> Non
 
 def test_a_renamed_single_file(tmp_path: Path) -> None:
     convert(sample_dir(), tmp_path / "a.ckpt", to="torch")
+    convert(sample_dir(), tmp_path / "other.ckpt", to="torch")  # no candidate: its file is there
     (tmp_path / "a.ckpt").rename(tmp_path / "b.ckpt")
     with pytest.raises(
         FormatError, match=rf"rename its manifest \(a\.ckpt\.{MANIFEST}\) to b\.ckpt"
