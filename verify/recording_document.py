@@ -123,13 +123,12 @@ def _config(check: _Checker, model: Any) -> GemmaConfig:
     own = {f.name: f.type for f in fields(GemmaConfig)}
     check.require(found.keys() == own.keys(), "model.config", f"an object with {', '.join(own)}")
     for name, kind in own.items():
-        if kind in ("float", "float | None"):
-            value = found[name]
-            good = isinstance(value, int | float) and not isinstance(value, bool)
-            good = good or (value is None and kind != "float")
-            check.require(good, f"model.config.{name}", "a number")
-        elif kind == "int":
+        value = found[name]
+        if kind == "int" or (kind == "int | None" and value is not None):
             check.count(found, name, "model.config")
+        elif kind == "float" or (kind == "float | None" and value is not None):
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            check.require(good, f"model.config.{name}", "a number")
     ends = check.get(found, "eos_token_id", "model.config", list)
     check.require(all(type(n) is int for n in ends), "model.config.eos_token_id", "whole numbers")
     check.digest(model, "fingerprint", "model", FINGERPRINT)

@@ -163,12 +163,14 @@ class StagedDirectory:
 
     def _remove_left(self) -> None:
         fs, stage = self._fs, self._stage
-        if ofs.exists(fs, stage.old) and not ofs.exists(fs, stage.dst):
-            # killed between two renames: the old output goes back to its place
-            with ofs.calls("put the former output back", stage.dst):
+        with ofs.calls("put the former output back", stage.dst):
+            # killed between two renames
+            if ofs.exists(fs, stage.old) and not ofs.exists(fs, stage.dst):
                 fs.rename_new(stage.old, stage.dst)
         for root in (stage.data, stage.old):
-            if ofs.exists(fs, root) and (odd := paths.remove_known(fs, root, self._known)):
+            with ofs.calls("look at", root):
+                there = ofs.exists(fs, root)
+            if there and (odd := paths.remove_known(fs, root, self._known)):
                 raise self._not_ours(odd)
 
     def _create(self) -> None:
