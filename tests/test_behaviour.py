@@ -57,7 +57,7 @@ class FakeFloor:
     """Noise of float32 on the small models and the sample: their KL between float32 and float64 is below 1e-10."""
 
     limits: dict[str, float | None] = field(
-        default_factory=lambda: {"kl_max": 1e-9, "rms_logit": 1e-4}
+        default_factory=lambda: {"kl_max": 1e-9, "kl_mean": 1e-10, "rms_logit": 1e-4}
     )
 
     def threshold(self, metric: str) -> float | None:
@@ -200,7 +200,7 @@ def test_other_runners_pass_what_they_can(name: str) -> None:
 def test_llama_cpp_passes_what_it_can(tmp_path: Path) -> None:
     convert(sample_dir(), tmp_path / "out", to="gguf", dtype="f32")
     # GELU from a table of float16: see test_runners
-    floor = FakeFloor({"kl_max": 1e-6, "rms_logit": 1e-2})
+    floor = FakeFloor({"kl_max": 1e-6, "kl_mean": 1e-7, "rms_logit": 1e-2})
     with (
         open_checkpoint(sample_dir()) as opened,
         open_runner("llama_cpp", tmp_path / "out") as runner,
@@ -331,6 +331,19 @@ def test_a_runner_with_its_own_mind_about_bos_is_seen(
     assert check.value < 1e-9
 
 
+def test_an_effect_of_bos_that_bfloat16_hides_is_no_verdict(
+    good: Checkpoint, probes: ProbeSet
+) -> None:
+    coarse = FakeFloor({"kl_max": 1e3, "kl_mean": 1e3, "rms_logit": 1.0})
+    with open_runner("torch", good, dtype="bfloat16") as runner:
+        assert behaviour.check_bos(runner, probes, coarse).verdict == "INCONCLUSIVE"
+        assert behaviour.check_bos(AddsBos(runner), probes, coarse).verdict == "FAIL", (
+            "not the least"
+        )
+    with open_runner("torch", good) as runner:
+        assert behaviour.check_bos(runner, probes, coarse).verdict == "FAIL"
+
+
 class LosesTokens(Decoder):
     """A cache that keeps only the last few steps' tokens."""
 
@@ -446,7 +459,7 @@ def test_other_greedy_choices_are_seen(trained: tuple[Checkpoint, ProbeSet]) -> 
     assert check.value is not None
     assert check.value > 0
     assert "the first at step" in check.detail
-    loose = FakeFloor({"kl_max": 1e-9, "rms_logit": 100.0})
+    loose = FakeFloor({"kl_max": 1e-9, "kl_mean": 1e-10, "rms_logit": 100.0})
     near = check_greedy(runner, chosen, loose, steps=32)
     assert (near.verdict, near.value) == ("PASS", 0.0), "every margin is small beside such a noise"
     assert " 0 of them at near-ties" not in near.detail
@@ -521,7 +534,9 @@ def test_without_abilities_there_is_a_reason(good: Checkpoint, probes: ProbeSet)
         assert found[i].verdict == "PASS", i
 
 
-@pytest.mark.parametrize("floor", [None, FakeFloor({"kl_max": None, "rms_logit": None})])
+@pytest.mark.parametrize(
+    "floor", [None, FakeFloor({"kl_max": None, "kl_mean": None, "rms_logit": None})]
+)
 def test_without_a_floor_there_is_no_verdict(
     floor: FakeFloor | None, good: Checkpoint, probes: ProbeSet
 ) -> None:
@@ -556,14 +571,28 @@ def test_probes_that_are_too_short_are_no_evidence(good: Checkpoint, probes: Pro
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_is_a_fail(value: float) -> None:
     q = Question("X", "x")
+    values = np.array([0.0, value])
     for check in (
-        q.at_most(value, FLOOR, "kl_max", "d"),
-        q.answer(True, value, 1.0, "d"),
-        q.at_most(value, None, "kl_max", "d"),
-    ):
+        q.is_noise(values, FLOOR, "d"), q.answer(True, value, 1.0, "d"), q.is_noise(values, None, "d"),
+    ):  # fmt: skip
         assert (check.verdict, check.value) == ("FAIL", None)
-    assert q.at_most(2e-9, FLOOR, "kl_max", "d").verdict == "FAIL"
-    assert q.at_most(1e-9, FLOOR, "kl_max", "d").verdict == "PASS"
+
+
+@pytest.mark.parametrize(("values", "verdict", "value"), [
+    ([0, 0, 0], "PASS", 0.0),
+    ([2e-9] + [0] * 99, "FAIL", 2e-9),
+    ([9e-10] + [0] * 99, "PASS", 9e-10),
+    ([3e-10] * 9, "FAIL", 3e-10),  # below the largest that is allowed, but everywhere
+])  # fmt: skip
+def test_the_largest_and_the_mean_must_be_noise(
+    values: list[float], verdict: str, value: float
+) -> None:
+    check = Question("X", "x").is_noise(np.array(values, float), FLOOR, "d")
+    assert check.verdict == verdict
+    assert check.value == pytest.approx(value)
+    zero = FakeFloor({"kl_max": 0.0, "kl_mean": 0.0})
+    exact = Question("X", "x").is_noise(np.array(values, float), zero, "d")
+    assert exact.verdict == ("FAIL" if any(values) else "PASS"), "a floor of nothing allows nothing"
 
 
 # ---- soft-caps ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Floor(Protocol):
     """Noise of a runner's arithmetic; :class:`g2kit.verify.floor.Floor` is one."""
 
     def threshold(self, metric: str) -> float | None:
-        """Largest value of ``kl_max`` (nats) or ``rms_logit`` that is still noise; None where that was not measured."""
+        """Largest ``kl_max``, ``kl_mean`` (nats) or ``rms_logit`` that is still noise; None where it was not measured."""
         ...
 
 
@@ -69,14 +69,35 @@ class Question:
             )
         return Check(self.id, self.title, "PASS" if passed else "FAIL", value, threshold, detail)
 
-    def at_most(self, value: float, floor: Floor | None, metric: str, detail: str) -> Check:
-        """Whether a value is noise."""
-        limit = limit_of(floor, metric)
+    def is_noise(self, values: Array, floor: Floor | None, detail: str) -> Check:
+        """Whether KL divergences of some positions are noise: the largest of them, and their mean.
+
+        The mean sees a fault that is everywhere, where the largest must allow for the tail of noise. The check's value is
+        of the two the one nearer to its limit, or further beyond it.
+        """
+        value, limit, label = nearest(values, floor)
+        detail = f"{label} {detail}"
         if not math.isfinite(value):
             return self.answer(False, value, limit, detail)
         if limit is None:
             return self.unanswered(f"no noise floor was measured; {detail}", value)
         return self.answer(value <= limit, value, limit, detail)
+
+
+def nearest(values: Array, floor: Floor | None) -> tuple[float, float | None, str]:
+    """The largest KL or the mean, whichever is more of its limit; the limit; and which it is."""
+    found = [(worst(values), limit_of(floor, "kl_max"), "largest KL")]
+    if math.isfinite(found[0][0]):
+        found.append((float(np.mean(values)), limit_of(floor, "kl_mean"), "mean KL"))
+    known = [f for f in found if f[1] is not None]
+    return max(known, key=lambda f: share(f[0], f[1])) if known else found[0]
+
+
+def share(value: float, limit: float | None) -> float:
+    """A value in units of its limit; what is not finite is beyond any, and any value beyond no limit."""
+    if not math.isfinite(value):
+        return math.inf
+    return value / limit if limit else (math.inf if value else 0.0)
 
 
 def limit_of(floor: Floor | None, metric: str) -> float | None:

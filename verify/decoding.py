@@ -59,11 +59,12 @@ def check_decode(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Floo
     runner.start(plan.tokens)
     runner.finish()
     want = logits_at(runner, slice(plan.start - 1, count))[0]
-    value = worst(kl(want, _decoded(runner, plan.tokens, plan.start)))
-    said = f"largest KL over {len(want)} steps from position {plan.start - 1} on"
-    if window is not None and count <= window and math.isfinite(value):
-        return DECODE.unanswered(f"{said}; no probe is longer than the window of {window}.", value)
-    return DECODE.at_most(value, floor, "kl_max", f"{said}, cache of {count} positions.")
+    values = kl(want, _decoded(runner, plan.tokens, plan.start))
+    said = f"over {len(want)} steps from position {plan.start - 1} on"
+    if window is not None and count <= window and np.isfinite(values).all():
+        why = f"largest KL {said}; no probe is longer than the window of {window}."
+        return DECODE.unanswered(why, worst(values))
+    return DECODE.is_noise(values, floor, f"{said}, cache of {count} positions.")
 
 
 def _decoded(runner: Runner, tokens: Array, start: int) -> Array:
