@@ -160,6 +160,23 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Caps:
+    """A limit that differs from place to place: ``half`` to both sides of each x."""
+
+    points: Sequence[Point]
+    half: float
+
+    def draw(self, f: Frame) -> Html:
+        """See :class:`Layer`."""
+        known = (
+            (f.px(x - self.half), f.px(x + self.half), f.py(y))
+            for x, y in self.points
+            if y is not None
+        )
+        return join(tag("line", x1=a, x2=b, y1=y, y2=y, cls="limit") for a, b, y in known)
+
+
+@dataclass(frozen=True)
 class Upright:
     """A vertical line with a label at the top; ``span`` widens it to a highlighted column."""
 

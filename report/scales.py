@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .numerals import number, power
 
 Tick = tuple[float, str]
-LANE = 16.0  # where exact zeros live on a logarithmic axis
+LANE = 26.0  # where exact zeros live on a logarithmic axis
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from ..numerals import count, number
 from ..page import Section
 from ..parts import Document, call, sentences, stack
 from ..plots import (
+    Caps,
     Hover,
     Layer,
     Line,
@@ -44,11 +45,10 @@ def section(document: Document) -> Section | None:
 
 
 def _lede(blocks: Document) -> str:
-    first = blocks["first_divergent"]
+    first = blocks["first_divergent"] or blocks.get("outside_blocks")
     if first is None:
         worst = max(
-            (x for layer in blocks["layers"] for x in (layer["isolated"],) if x is not None),
-            default=None,
+            (b["isolated"] for b in blocks["layers"] if b["isolated"] is not None), default=None
         )
         return sentences(
             "No block was found to diverge.",
@@ -56,6 +56,8 @@ def _lede(blocks: Document) -> str:
             if worst is not None
             else None,
         )
+    if first.get("text"):
+        return f"The models part in {first['text']}."
     where = [f"first in block {first['layer']}"]
     where += [f"at “{first['tap']}”"] if first.get("tap") else []
     where += (
@@ -68,7 +70,8 @@ def _plot(blocks: Document) -> Html:
     layers = blocks["layers"]
     used = {f: c for f, c in _CURVES.items() if any(b[f] is not None for b in layers)}
     y = Axis.logarithmic(
-        "relative error of hidden states (RMS)", [b[f] for b in layers for f in (*used, "floor")]
+        "relative error of hidden states (RMS)",
+        [b.get(f) for b in layers for f in (*used, "floor", "threshold")],
     )
     ticks = [(float(b["layer"]), f"{b['layer']}|{b['kind'][:1].upper()}") for b in layers]
     x = Axis(
@@ -80,6 +83,8 @@ def _plot(blocks: Document) -> Html:
     drawn: list[Layer] = []
     if any(b["floor"] is not None for b in layers):
         drawn.append(Steps([(b["layer"], b["floor"]) for b in layers], 0.5))
+    if any(b.get("threshold") is not None for b in layers):
+        drawn.append(Caps([(b["layer"], b.get("threshold")) for b in layers], 0.5))
     first = blocks["first_divergent"]
     if first is not None:
         drawn.append(Upright(first["layer"], "first to diverge", span=0.5))

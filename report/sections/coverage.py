@@ -28,6 +28,7 @@ def section(document: Document) -> Section | None:
     if not coverage:
         return None
     regimes = coverage["regimes"]
+    said = {c["detail"] for c in coverage["checks"]}
     done = sum(1 for r in regimes if r["exercised"])
     lede = (
         f"{done} of {count(len(regimes), 'regime')} that a Gemma model has were exercised."
@@ -35,7 +36,7 @@ def section(document: Document) -> Section | None:
         else ""
     )
     body = stack(
-        tag("ul", *map(_regime, regimes), cls="cells") if regimes else None,
+        tag("ul", *(_regime(r, said) for r in regimes), cls="cells") if regimes else None,
         _probes(document),
         _caps(coverage),
         _checks(coverage["checks"]),
@@ -44,12 +45,14 @@ def section(document: Document) -> Section | None:
     return Section("coverage", "Coverage", lede, body)
 
 
-def _regime(r: Document) -> Html:
+def _regime(r: Document, said: set[str | None]) -> Html:
+    """A regime; the figures of one that rests on a check stand in the table of checks."""
     mark = glyph("PASS" if r["exercised"] else "INCONCLUSIVE")
     value, needed = (
         number(v) if isinstance(v, int | float) else v for v in (r["value"], r["needed"])
     )
-    figures = value if needed is None else f"{value or 'none'}, needs {needed}"
+    figures = value if needed is None else f"{value or 'none'} (needs {needed})"
+    figures = None if r.get("detail") in said else figures
     state = "exercised" if r["exercised"] else "not exercised"
     detail = " · ".join(x for x in (figures, r.get("detail")) if x) or state
     head = tag(
@@ -153,7 +156,7 @@ def _checks(checks: list[Document]) -> Html | None:
         Column("Check"),
         Column("Verdict"),
         Column("Value", True),
-        Column("Limit", True),
+        Column("Compared with", True),
         Column("Detail"),
     ]
     rows = [

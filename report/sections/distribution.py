@@ -79,7 +79,7 @@ def _mirror(points: list[list[float]]) -> Html:
     pairs = [
         (f"{p:g} %", values[p], values[100 - p])
         for p in sorted(values)
-        if p < 50 and 100 - p in values
+        if 0 < p < 50 and 100 - p in values
     ]
     rows = [[f"{p:g} %", number(v)] for p, v in points]
     plot = figure(

@@ -101,6 +101,8 @@ def _differences(differences: list[Document]) -> Html | None:
 def _shown(value: Any) -> Child:
     if isinstance(value, list):
         return ", ".join(str(v) for v in value)
+    if isinstance(value, dict):
+        return " · ".join(str(v) for v in value.values() if v is not None)
     return "none" if value is None else str(value)
 
 
@@ -127,7 +129,11 @@ def _settings(document: Document) -> Html:
         if run.get("peak_rss_mib") is not None
         else None,
     )
-    settings = [(k, _shown(v)) for k, v in sorted(document["settings"].items()) if v is not None]
+    settings = [
+        (k.replace("_", " "), _shown(v))
+        for k, v in sorted(document["settings"].items())
+        if v is not None
+    ]
     return facts(
         [
             ("content id", tag("span", document["content_id"], cls="mono")),

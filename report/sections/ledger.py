@@ -13,7 +13,7 @@ from ..plots import figure
 from ..tables import Cell, Column, filter_box, table
 
 _COLUMNS = (
-    Column("Tensor"),
+    Column("Tensor", cls="nowrap"),
     Column("Shape"),
     Column("Reference"),
     Column("Candidate"),

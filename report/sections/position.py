@@ -77,19 +77,20 @@ def bins(points: list[Document], window: int | None) -> list[Document]:
 
 def _lede(points: list[Document], window: int | None, floor: float | None) -> str:
     worst = max(points, key=lambda p: p["max"])
-    top = f"The largest divergence, {number(worst['max'])} nats, is at position {worst['position']:,}."
+    apart = points[-1]["position"] - points[0]["position"] + 1 > len(points)
+    where, what = ("near", "stretches") if apart else ("at", "positions")
+    top = f"The largest divergence, {number(worst['max'])} nats, is {where} position {worst['position']:,}."
     above = None
     if floor:
         n = sum(1 for p in points if p["median"] > floor)
-        above = (
-            f"The median lies above the noise floor at {n:,} of {count(len(points), 'position')}."
-        )
+        above = f"The median lies above the noise floor in {n:,} of {len(points):,} {what}."
     step = None
     if window:
         near = [p["median"] for p in points if p["position"] < window]
         far = [p["median"] for p in points if p["position"] >= window]
         if near and far and median(near) > 0:
-            step = f"Beyond the window the typical value is {number(median(far) / median(near), 2)} times that before it."
+            ratio = number(median(far) / median(near), 2)
+            step = f"Beyond the window the typical value is {ratio} times that before it."
     return sentences(top, above, step)
 
 

@@ -48,10 +48,9 @@ def section(document: Document) -> Section | None:
     if any(e["threshold"] is not None for c in claims for e in c["evidence"]):
         rows.append([Html(), Html(), Html(), Html(), _ruler(low, high)])
     lede = _LEDE
-    body = stack(
-        table(columns, rows, stacked=True, cls="score"),
-        note("Whiskers: 95 % intervals, documents resampled."),
-    )
+    whiskers = any(e.get("interval") for c in claims for e in c["evidence"])
+    remark = note("Whiskers: 95 % intervals, documents resampled.") if whiskers else None
+    body = stack(table(columns, rows, stacked=True, cls="score"), remark)
     return Section("scorecard", "Scorecard", lede, body)
 
 
@@ -100,7 +99,7 @@ def _bar(e: Document, verdict: str, low: float, high: float) -> Html:
         return Html()
     finite = [min(r, high) for r in ratios]
     bar = span(finite[0], sorted(finite[1:]) or None, low, high, css(verdict))
-    over = tag("span", f"{number(ratios[0], 2)} ×") if math.isfinite(ratios[0]) else None
+    over = tag("span", f"{number(ratios[0])} ×") if math.isfinite(ratios[0]) else None
     return tag("div", bar, over, cls="over")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..markup import Child, Html, tag
+from ..markup import Child, Html, clip, tag
 from ..numerals import count, number
 from ..page import Section
 from ..parts import Document, call, note, stack
@@ -84,7 +84,7 @@ def _key() -> Html:
 
 
 def _place(m: Document) -> str:
-    expected = ", ".join(str(x) for x in m["expected_layers"] or ())
+    expected = clip(", ".join(str(x) for x in m["expected_layers"] or ()), 24)
     found = m["found_layer"]
     if found is None:
         return f"not found, expected {expected}" if expected else "–"

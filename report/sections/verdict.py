@@ -21,9 +21,11 @@ def title(document: Document) -> str:
 def hero(document: Document) -> Html:
     """The top of the page."""
     verdict = document["verdict"]
+    error = document.get("error")
+    code = tag("code", error["code"]) if error else None
     return join(
         (
-            tag("h1", glyph(verdict), tag("span", verdict), cls=f"verdict {css(verdict)}"),
+            tag("h1", glyph(verdict), tag("span", verdict), code, cls=f"verdict {css(verdict)}"),
             tag("p", document["summary"], cls="summary"),
             _pair(document),
             _tiles(document),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from ..bars import share_bar
-from ..markup import Child, Html, clip, join, tag, visible
+from ..markup import Child, Html, clip, join, tag
 from ..numerals import number, percent
 from ..page import Section
 from ..parts import Document, more, stack
 
 _SHOWN = 5
+_TOP = 5
 _PIECE = 40
 _CONTEXT = 240
 
@@ -65,10 +68,16 @@ def _context(w: Document) -> Html:
 
 def _text(pieces: list[str]) -> str:
     """Pieces as running text: the vocabulary's mark for a space becomes one."""
-    text = "".join(
-        visible(clip(p, _PIECE).replace("▁", " ").replace("<0x0A>", "\n")) for p in pieces
-    )
-    return clip(text, _CONTEXT)
+    text = "".join(clip(p, _PIECE) for p in pieces).replace("▁", " ")
+    return clip(re.sub(r"(?:<0x[0-9A-F]{2}>)+", _bytes, text), _CONTEXT)
+
+
+def _bytes(found: re.Match[str]) -> str:
+    """Pieces that stand for one byte each, as the text they spell; as they are where they spell none."""
+    try:
+        return bytes.fromhex(found[0].replace("<0x", "").replace(">", "")).decode()
+    except UnicodeDecodeError:
+        return found[0]
 
 
 def _tops(w: Document) -> Html:
@@ -94,7 +103,7 @@ def _top(name: str, entries: list[Document], cls: str, both: set[int]) -> Html:
             share_bar(e["p"] or 0.0, cls),
             tag("span", percent(e["p"]), cls="n"),
         )
-        for e in entries
+        for e in entries[:_TOP]
     )
     return tag("div", tag("h4", name), tag("ol", *rows))
 
