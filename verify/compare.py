@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from ..convert.open import Checkpoint
 from ..formats.errors import NonFiniteError
 from ..model.config import GemmaConfig
 from .claims import FAIL, Claim
-from .document import build, error_document, sealed
-from .measure import Part, measure
-from .options import Options, Progress, engines
+from .document import build, error_document, sealed, self_test_report
+from .machine import environment
+from .measure import Part, measure, probes_of, side_floor
+from .options import Options, Progress, Silent, engines
 from .shards import join, read_part
 from .side import open_side
 
@@ -155,6 +156,158 @@ def merge(parts: Iterable[str | Path]) -> dict[str, Any]:
         FormatError: a file is no part.
     """
     return build(join([read_part(Path(p)) for p in parts]))
+
+
+def record_model(
+    model: Where,
+    out: str | Path,
+    *,
+    runner: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    mesh: str | None = None,
+    config: Config = None,
+    fix_config: bool = False,
+    profile: str = "ci",
+    text: str | Path | None = None,
+    tokens: str | Path | npt.NDArray[Any] | None = None,
+    seed: int = 0,
+    floor: bool = True,
+    with_embedding: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a model and keep what another machine needs to be compared with it.
+
+    Args:
+        model: a checkpoint.
+        out: directory to make.
+        floor: measure the noise floor too, without which claim X1 cannot be decided.
+        with_embedding: carry the embedding along.
+        overwrite: replace a recording at ``out``.
+        command: for the recording's ``run``.
+        runner: implementation that runs it.
+        dtype: compute type.
+        device: of the runner.
+        mesh: for the jax runner.
+        config: configuration, for a checkpoint that carries none.
+        fix_config: correct values known to be wrong in published files.
+        profile: how much to run.
+        text: file whose documents replace the built-in ones.
+        tokens: ``.npy`` of ids that replace them.
+        seed: of pseudo-random token ids.
+        progress: told of bytes and tokens.
+
+    Returns:
+        The recording's document.
+
+    Raises:
+        G2Error: the model cannot be opened or run, or ``out`` not be written.
+    """
+    from .recording import record
+
+    engine, _ = engines(runner=runner, dtype=dtype, device=device, mesh=mesh)
+    options = Options(profile, engine, engine, text, tokens, seed=seed)
+    meter = progress or Silent()
+    with open_side(model, config, fix_config=fix_config) as side:
+        probes = probes_of(side, side, options)
+        noise = side_floor(side, options, list(probes), engine.computes_in) if floor else None
+        meter.start(probes.tokens, "recording", "tokens")
+        with side.open_runner(engine) as running:
+            return record(
+                running, probes, out, checkpoint=side.opened, floor=noise,
+                with_embedding=with_embedding, overwrite=overwrite, command=command, progress=meter,
+            )  # fmt: skip
+
+
+def self_test_document(
+    model: Where,
+    *,
+    config: Config = None,
+    fix_config: bool = False,
+    device: str | None = None,
+    profile: str = "ci",
+    only: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make every known mistake in a model; the report says which claims noticed, and where.
+
+    Args:
+        model: a checkpoint.
+        only: ids of mistakes; default all.
+        config: configuration, for a checkpoint that carries none.
+        fix_config: correct values known to be wrong in published files.
+        device: of the runner.
+        profile: how much to run.
+        progress: told of bytes and tokens.
+
+    Returns:
+        A ``g2kit.report/1`` document of kind ``self-test``: FAIL if a mistake passed unnoticed or was found elsewhere.
+
+    Raises:
+        G2Error: the model cannot be opened or run.
+    """
+    from .self_test import self_test
+
+    engine, _ = engines(dtype="float32", device=device)
+    options = Options(profile, engine, engine)
+    meter = progress or Silent()
+    with open_side(model, config, fix_config=fix_config) as side:
+        probes = list(probes_of(side, side, options))
+        floor = side_floor(side, options, probes, "float32")
+        meter.start(0, "mistakes", "tokens")
+        found = self_test(side.opened, probes, floor, only=only, device=device, progress=meter)
+        settings = {**options.describe(), "only": list(only)}
+        return self_test_report(
+            found, side.describe(engine), floor, settings, environment((engine,))
+        )
+
+
+def logits_to_file(
+    model: Where,
+    tokens: str | Path | npt.NDArray[Any],
+    out: str | Path,
+    *,
+    runner: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    mesh: str | None = None,
+    config: Config = None,
+    fix_config: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """A model's logits as a ``.npy`` file, float32 ``[batch, positions, vocab]``, never all of it in memory.
+
+    Args:
+        model: a checkpoint.
+        tokens: ids ``[n]`` or ``[batch, n]``, or a ``.npy`` file of them.
+        out: file to write.
+        runner: implementation that runs it.
+        dtype: compute type.
+        device: of the runner.
+        mesh: for the jax runner.
+        config: configuration, for a checkpoint that carries none.
+        fix_config: correct values known to be wrong in published files.
+        progress: told of bytes and tokens.
+
+    Returns:
+        ``shape``, ``bytes``, ``non_finite`` (None, or where the first NaN or infinity is).
+
+    Raises:
+        G2Error: the model cannot be opened or run, or the ids do not fit it.
+    """
+    from .logits_file import as_ids, read_tokens, write_logits
+
+    ids = read_tokens(tokens) if isinstance(tokens, str | Path) else as_ids(tokens)
+    engine, _ = engines(runner=runner, dtype=dtype, device=device, mesh=mesh)
+    meter = progress or Silent()
+    with (
+        open_side(model, config, fix_config=fix_config) as side,
+        side.open_runner(engine) as running,
+    ):
+        meter.start(int(ids.size), "logits", "tokens")
+        return write_logits(running, ids, out, progress=meter)
 
 
 def non_finite(e: NonFiniteError, kind: str) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import numpy as np
 from ..formats.errors import G2Error
 from ..model.logits_stats import Record, Stats
 from ..model.logits_summary import Worst
-from .claims import ERROR, EXITS, FAIL, INCONCLUSIVE, PASS, Claim, judge, overall
+from .claims import ERROR, EXITS, FAIL, INCONCLUSIVE, PASS, Claim, Proof, judge, overall
 from .evidence import Findings, evidence, finite, not_verified, phrase
+from .floor import Floor
 from .hypotheses import hypotheses
 from .identity import SIZE
 from .weights import NARROWED, QUANTIZED, STEP, Row
@@ -75,6 +76,46 @@ def error_document(e: G2Error, kind: str = "compare", **fields: Any) -> dict[str
     """The document of a comparison that could not be made."""
     return sealed({**_EMPTY, "kind": kind, "exit_code": e.exit_code, "summary": str(e), **fields,
                    "error": {"code": e.code, "message": str(e)}})  # fmt: skip
+
+
+def self_test_report(
+    found: Mapping[str, Any],
+    side: Mapping[str, Any],
+    floor: Floor,
+    settings: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The document of a self-test.
+
+    Args:
+        found: of :func:`.self_test.self_test`.
+        side: the model's SIDE object.
+        floor: thresholds are its multiples.
+        settings: of the run.
+        environment: of the machine.
+    """
+    rows = found["mutants"]
+    unseen = [m["id"] for m in rows if not m["caught_by"]]
+    misplaced = [m["id"] for m in rows if m["caught_by"] and not m["right_place"]]
+    text = f"{found['caught']} of {found['of']} known mistakes were noticed"
+    text += f", not {', '.join(unseen)}" if unseen else ""
+    if misplaced:
+        text += f"; found in another place than they were made: {', '.join(misplaced)}"
+    elif not unseen:
+        text += ", each where it was made"
+    proof = Proof(
+        "mistakes noticed", found["caught"], None, found["of"], "mistakes", "all", "higher"
+    )
+    verdict = FAIL if unseen or misplaced else PASS if rows else INCONCLUSIVE
+    claim = Claim(
+        "S1", "The verifier notices known mistakes in this model", verdict, f"{text}.", (proof,)
+    )
+    return sealed({
+        **_EMPTY, "kind": "self-test", "verdict": verdict, "exit_code": EXITS[verdict],
+        "summary": claim.sentence, "claims": [claim.to_json()],
+        "identity": {"reference": dict(side), "candidate": None}, "settings": dict(settings),
+        "floor": floor.to_json(), "self_test": dict(found), "environment": dict(environment),
+    })  # fmt: skip
 
 
 def sealed(document: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -175,9 +216,7 @@ def _series(f: Findings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _by_position(
-    kl: Array, at: Array, window: int | None
-) -> list[dict[str, Any]]:
+def _by_position(kl: Array, at: Array, window: int | None) -> list[dict[str, Any]]:
     """KL in bins of positions, none of which crosses the window's edge."""
     longest = int(at.max()) + 1 if len(at) else 0
     width = max(1, math.ceil(longest / BINS))

@@ -27,7 +27,7 @@ from .identity import SIZE, Identity, compare_identity
 from .lockstep import LockstepResult, run_lockstep
 from .machine import environment
 from .options import DEQUANTIZING, Options, Progress, Silent
-from .probes import ProbeSet, build_probes
+from .probes import Probe, ProbeSet, build_probes
 from .recording import compare_recording, compare_recordings
 from .runners import Runner
 from .side import Engine, Side
@@ -158,7 +158,7 @@ class _Run:
         self.kernel = _kernel(cand, options)
         self.engine = Engine() if self.kernel else options.candidate
         self.tokenizer = _tokenizer(ref, cand)
-        self.probes = self._probes()
+        self.probes = probes_of(ref, cand, options)
         self.first = options.share[0] == 0
 
     def all(self) -> None:
@@ -183,19 +183,6 @@ class _Run:
             self._checks()
         if self.options.shard is None:
             self._extras(result)
-
-    def _probes(self) -> ProbeSet:
-        o = self.options
-        if self.ref.recording is not None:
-            if o.text is not None or o.tokens is not None:
-                raise UsageError(
-                    "a recording has its own tokens, so --text and --tokens do not apply.",
-                    fix="leave them out, or record again with them.",
-                )
-            return self.ref.recording.probes
-        return build_probes(
-            self.ref.config, self.tokenizer, o.profile, text=o.text, tokens=o.tokens, seed=o.seed
-        )
 
     def _compare(self) -> LockstepResult:
         o, share = self.options, self.options.share
@@ -265,14 +252,8 @@ class _Run:
     def _floor(
         self, side: Side, dtype: str, engine: Engine, tiles: bool, kernel: Engine | None = None
     ) -> Floor:
-        name = engine.runner if engine.runner in DEQUANTIZING else "torch"
         served = (kernel or self.engine).runner
-        return measure_floor(
-            side.opened, list(self.probes), dtype, runner=name,
-            device=engine.device if name == engine.runner else None,
-            emulate="llama_cpp" if served == "llama_cpp" and name == "torch" else None,
-            tiles=tiles, k=self.options.k, batch_tokens=self.options.batch_tokens,
-        )  # fmt: skip
+        return side_floor(side, self.options, list(self.probes), dtype, engine, tiles, served)
 
     def _checks(self) -> None:
         """What the candidate must do by itself, and coverage."""
@@ -354,6 +335,55 @@ class _Run:
         return look_inside(one, two, tokens, at.layer, self.own)
 
 
+def probes_of(ref: Side, cand: Side, options: Options) -> ProbeSet:
+    """What a comparison runs.
+
+    Raises:
+        UsageError: a recording has its own tokens, and others are named.
+    """
+    if ref.recording is not None:
+        if options.text is not None or options.tokens is not None:
+            raise UsageError(
+                "a recording has its own tokens, so --text and --tokens do not apply.",
+                fix="leave them out, or record again with them.",
+            )
+        return ref.recording.probes
+    return build_probes(
+        ref.config, _tokenizer(ref, cand), options.profile,
+        text=options.text, tokens=options.tokens, seed=options.seed,
+    )  # fmt: skip
+
+
+def side_floor(
+    side: Side,
+    options: Options,
+    probes: list[Probe],
+    dtype: str,
+    engine: Engine | None = None,
+    tiles: bool = False,
+    served: str = "torch",
+) -> Floor:
+    """The noise of running a side.
+
+    Args:
+        side: a checkpoint.
+        options: for ``k``, the batches and, without ``engine``, the reference's engine.
+        probes: to choose from.
+        dtype: compute type.
+        engine: whose arithmetic; another runner than torch and jax is stood in for by torch.
+        tiles: logits are the runners' own.
+        served: runner whose known shortcuts count as noise.
+    """
+    engine = engine or options.reference
+    name = engine.runner if engine.runner in DEQUANTIZING else "torch"
+    return measure_floor(
+        side.opened, probes, dtype, runner=name,
+        device=engine.device if name == engine.runner else None,
+        emulate="llama_cpp" if served == "llama_cpp" and name == "torch" else None,
+        tiles=tiles, k=options.k, batch_tokens=options.batch_tokens,
+    )  # fmt: skip
+
+
 def fits(config: GemmaConfig, tokens: Sequence[int] | np.ndarray[Any, Any]) -> bool:
     """Whether whole score matrices of these tokens may be held, of both sides."""
     return 2 * 8 * config.num_attention_heads * len(tokens) ** 2 <= TAP_SCORES
@@ -392,4 +422,4 @@ def key_of(part: Part) -> str:
     return PREFIX + hashlib.sha256(text.encode()).hexdigest()
 
 
-__all__ = ["SCHEMA", "Part", "fits", "key_of", "measure"]
+__all__ = ["SCHEMA", "Part", "fits", "key_of", "measure", "probes_of", "side_floor"]

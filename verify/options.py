@@ -26,7 +26,7 @@ class Progress(Protocol):
     def start(self, total: int, what: str, unit: str = "B") -> None:
         """A phase of ``total`` units begins."""
 
-    def __call__(self, count: int, name: str) -> None:
+    def __call__(self, count: int, name: str, /) -> None:
         """``count`` more are done."""
 
 
@@ -36,7 +36,7 @@ class Silent:
     def start(self, total: int, what: str, unit: str = "B") -> None:
         """See :class:`Progress`."""
 
-    def __call__(self, count: int, name: str) -> None:
+    def __call__(self, count: int, name: str, /) -> None:
         """See :class:`Progress`."""
 
 

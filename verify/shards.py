@@ -20,9 +20,9 @@ from .weights import Row, findings
 MAX_BYTES = 1 << 31
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write a part; the same measurements give the same bytes."""
-    path.write_text(json.dumps(part, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n")
+def dumps_part(part: Mapping[str, Any]) -> str:
+    """A part as JSON text; the same measurements give the same bytes."""
+    return json.dumps(part, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def read_part(path: Path) -> Part:

@@ -1,0 +1,466 @@
+"""g2verify, the command. stdout is data, stderr is progress and messages; each command is one library call."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from .. import report as reports
+from ..formats import strict_json
+from ..formats.errors import EXIT_FAIL, FormatError, G2Error, UsageError
+from ..terminal import Meter, dump_json, run_cli
+from . import show
+from .document import dumps, error_document, sealed
+from .machine import peak_rss
+from .options import Options, engines, parse_shard
+from .outputs import Outputs
+from .runners import RUNNERS
+
+PROFILES = ("smoke", "ci", "full")
+DTYPES = ("float32", "bfloat16", "float64")
+# option -> how the file is made from a document
+RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "report": dumps,
+    "html": lambda d: reports.html(dict(d)),
+    "junit": lambda d: reports.junit(dict(d)),
+    "markdown": lambda d: reports.markdown(dict(d)),
+}
+_EPILOG = """\b
+Examples:
+  g2verify compare ./gemma2-2b-flax ./gemma2-2b --html report.html
+  g2verify compare ./gemma2-2b ./gemma2-2b.gguf --cand-runner llama_cpp
+  g2verify record ./gemma2-2b ./gemma2-2b.rec       then, on another machine:
+  g2verify compare ./gemma2-2b.rec ./gemma2-2b --device cuda
+
+\b
+Exit codes: 0 PASS; 1 FAIL; 2 wrong usage; 3 ERROR, bad input; 4 disk, memory or a missing package;
+5 refused as unsafe; 6 INCONCLUSIVE, the evidence does not decide; 70 a bug.
+"""
+Command = Callable[..., Any]
+
+
+@click.group(
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="g2verify")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def g2verify(debug: bool) -> None:
+    """Run two Gemma checkpoints, in any formats and by any runners, and say whether they are the same model."""
+
+
+# ---------------------------------------------------------------- options shared by commands
+
+
+def _apply(f: Command, options: Sequence[Callable[[Any], Any]]) -> Command:
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def _file(name: str, text: str) -> Callable[[Command], Command]:
+    return click.option(f"--{name}", metavar="FILE", type=click.Path(path_type=Path), help=text)
+
+
+def _report_options(f: Command) -> Command:
+    return _apply(f, [
+        click.option("--json", "as_json", is_flag=True, help="Print the one JSON document to stdout."),
+        _file("report", "Write the JSON document (with --shard: the part)."),
+        _file("html", "Write one self-contained HTML page."),
+        _file("junit", "Write JUnit XML: a test case per claim and check."),
+        _file("markdown", "Write a summary of at most 40 lines."),
+        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    ])  # fmt: skip
+
+
+def _config_options(two: bool) -> Callable[[Command], Command]:
+    def add(f: Command) -> Command:
+        options: list[Callable[[Any], Any]] = [
+            click.option("--config", metavar="PRESET|FILE",
+                         help="The configuration, for checkpoints that carry none; wins over what they say."),
+            click.option("--fix-config", is_flag=True,
+                         help="Correct values known to be wrong in published files."),
+        ]  # fmt: skip
+        if two:
+            options += [
+                click.option("--ref-config", metavar="PRESET|FILE", help="The same for the reference only."),
+                click.option("--cand-config", metavar="PRESET|FILE", help="The same for the candidate only."),
+            ]  # fmt: skip
+        return _apply(f, options)
+
+    return add
+
+
+def _engine_options(two: bool) -> Callable[[Command], Command]:
+    def add(f: Command) -> Command:
+        both = " of both sides" if two else ""
+        options: list[Callable[[Any], Any]] = [
+            click.option("--runner", type=click.Choice(list(RUNNERS)), help=f"Implementation{both}; default torch."),
+            click.option("--dtype", type=click.Choice(DTYPES), help=f"Compute type{both}; default float32."),
+            click.option("--device", metavar="NAME", help=f"Device{both}: cpu, cuda, cuda:1, tpu, …"),
+            click.option("--mesh", metavar="data=N,model=M", help="Devices of the jax runner."),
+        ]  # fmt: skip
+        if two:
+            options += [
+                click.option("--cand-runner", type=click.Choice(list(RUNNERS)), help="Implementation of the candidate."),
+                click.option("--cand-dtype", type=click.Choice(DTYPES), help="Compute type of the candidate."),
+                click.option("--cand-device", metavar="NAME", help="Device of the candidate."),
+            ]  # fmt: skip
+        return _apply(f, options)
+
+    return add
+
+
+def _probe_options(f: Command) -> Command:
+    return _apply(f, [
+        click.option("--profile", type=click.Choice(PROFILES), default="ci", show_default=True, help="How much to run."),
+        click.option("--text", metavar="FILE", type=click.Path(path_type=Path),
+                     help="UTF-8 text whose pieces replace the built-in documents."),
+        click.option("--tokens", metavar="FILE.npy", type=click.Path(path_type=Path),
+                     help="Token ids, [n] or [documents, n], that replace them."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of pseudo-random token ids."),
+    ])  # fmt: skip
+
+
+def _path(name: str) -> Callable[[Command], Command]:
+    return click.argument(name, type=click.Path(path_type=Path))
+
+
+# ---------------------------------------------------------------- commands
+
+
+@g2verify.command(short_help="Run two models and judge how far apart they are.")
+@_path("ref")
+@_path("cand")
+@_engine_options(two=True)
+@_config_options(two=True)
+@_probe_options
+@click.option(
+    "--budget", type=float, metavar="KL", help="Mean KL in nats that changed weights may cost (Q1)."
+)
+@click.option(
+    "--k",
+    type=float,
+    default=10.0,
+    show_default=True,
+    help="Thresholds are this many noise floors.",
+)
+@click.option("--shard", metavar="i/N", help="Do this share only; write the part with --report.")
+@click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
+@_report_options
+def compare(ref: Path, cand: Path, **o: Any) -> None:
+    """Run REF and CAND over the same tokens, block by block, and judge how far apart they are.
+
+    REF may be a recording, made by `g2verify record` on another machine.
+    """
+    with _work("compare", o, (ref, cand)) as work:
+        options = _options(o)
+        configs = (o["ref_config"] or o["config"], o["cand_config"] or o["config"])
+        fix = {"fix_config": o["fix_config"]}
+        if o["only_estimate"]:
+            work.data(*_estimated(ref, cand, options, configs, fix))
+        elif options.shard is not None:
+            from .compare import part_of
+
+            part = part_of(ref, cand, options, configs, progress=work.meter, **fix)
+            work.part(part)
+        else:
+            from .compare import document_of
+
+            work.document(document_of(ref, cand, options, configs, progress=work.meter, **fix))
+
+
+@g2verify.command(short_help="Compare weights and configuration only.")
+@_path("ref")
+@_path("cand")
+@_config_options(two=True)
+@_report_options
+def weights(ref: Path, cand: Path, **o: Any) -> None:
+    """Compare the weights (bit for bit, or within the bounds of their formats) and configuration of REF and CAND."""
+    with _work("weights", o, (ref, cand)) as work:
+        from .compare import compare_weights
+
+        names = ("config", "ref_config", "cand_config", "fix_config")
+        work.document(compare_weights(ref, cand, progress=work.meter, **{n: o[n] for n in names}))
+
+
+@g2verify.command(short_help="Keep a run, to compare with on another machine.")
+@_path("model")
+@_path("out")
+@_engine_options(two=False)
+@_config_options(two=False)
+@_probe_options
+@click.option(
+    "--with-embedding",
+    is_flag=True,
+    help="Carry the embedding along, so that the reader needs none.",
+)
+@click.option(
+    "--no-floor", is_flag=True, help="Do not measure the noise floor (X1 is INCONCLUSIVE without)."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a recording at OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print the recording's document.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+def record(model: Path, out: Path, **o: Any) -> None:
+    """Run MODEL and write the directory OUT: hidden states, largest logits, fingerprints, noise floor."""
+    from .compare import record_model
+
+    names = (
+        "runner", "dtype", "device", "mesh", "config", "fix_config", "profile", "text", "tokens",
+        "seed", "with_embedding", "overwrite",
+    )  # fmt: skip
+    with Meter(quiet=o["quiet"] or o["as_json"]) as meter:
+        document = record_model(
+            model, out, floor=not o["no_floor"], command=_command_line(), progress=meter,
+            **{n: o[n] for n in names},
+        )  # fmt: skip
+    if o["as_json"]:
+        click.echo(dump_json(document))
+    elif not o["quiet"]:
+        tokens = sum(p["length"] for p in document["probes"]["list"])
+        click.echo(
+            f"recorded  {tokens} tokens in {len(document['probes']['list'])} sequences to {out}"
+        )
+        click.echo(f"          {document['model']['fingerprint']}")
+
+
+@g2verify.command(short_help="Put the parts of all shards together.")
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_report_options
+def merge(parts: tuple[Path, ...], **o: Any) -> None:
+    """Put the parts that `compare --shard i/N --report PART` wrote together: one report, the same for any N."""
+    with _work("compare", o, parts) as work:
+        from .compare import merge as merge_parts
+
+        work.document(merge_parts(parts), run=False)
+
+
+@g2verify.command("self-test", short_help="Make known mistakes in a model; see which are noticed.")
+@_path("model")
+@_config_options(two=False)
+@click.option("--device", metavar="NAME", help="torch's name of the device.")
+@click.option(
+    "--profile",
+    type=click.Choice(PROFILES),
+    default="ci",
+    show_default=True,
+    help="Probes to choose from.",
+)
+@click.option("--only", metavar="IDS", help="Comma-separated ids of mistakes; default all.")
+@_report_options
+def self_test(model: Path, **o: Any) -> None:
+    """Make every known mistake in MODEL, one at a time, and print which claims noticed it and where."""
+    with _work("self-test", o, (model,)) as work:
+        from .compare import self_test_document
+
+        only = [x.strip() for x in o["only"].split(",")] if o["only"] else []
+        work.document(
+            self_test_document(
+                model,
+                only=only,
+                progress=work.meter,
+                **{n: o[n] for n in ("config", "fix_config", "device", "profile")},
+            )
+        )
+
+
+@g2verify.command(short_help="Write a model's logits to a .npy file.")
+@_path("model")
+@click.option("--tokens", metavar="FILE.npy", required=True, type=click.Path(path_type=Path),
+              help="Token ids, [n] or [batch, n].")  # fmt: skip
+@click.option("--out", metavar="FILE.npy", required=True, type=click.Path(path_type=Path),
+              help="Written: float32 [batch, n, vocabulary].")  # fmt: skip
+@_engine_options(two=False)
+@_config_options(two=False)
+@click.option("--json", "as_json", is_flag=True, help="Print shape and place as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
+    """Run MODEL over token ids and write every logit, tile by tile."""
+    from .compare import logits_to_file
+
+    names = ("runner", "dtype", "device", "mesh", "config", "fix_config")
+    with Outputs({"out": out}, (model, tokens)), Meter(quiet=o["quiet"] or o["as_json"]) as meter:
+        found = logits_to_file(model, tokens, out, progress=meter, **{n: o[n] for n in names})
+    if o["as_json"]:
+        click.echo(dump_json({"out": str(out), **found}))
+    elif not o["quiet"]:
+        click.echo(f"wrote  {out}  float32 {found['shape']}")
+    if found["non_finite"] is not None:
+        b, p, i = found["non_finite"]
+        click.echo(
+            f"FAIL: a logit is NaN or infinite, first in sequence {b}, position {p}, token {i}.",
+            err=True,
+        )
+        click.get_current_context().exit(EXIT_FAIL)
+
+
+@g2verify.command("report", short_help="Make HTML, JUnit or Markdown from a JSON report.")
+@click.argument("document", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the document.")
+@_file("html", "Write one self-contained HTML page.")
+@_file("junit", "Write JUnit XML.")
+@_file("markdown", "Write a summary of at most 40 lines.")
+@_file("model-card", "Write a fragment for a model card.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+def render(document: Path, **o: Any) -> None:
+    """Render DOCUMENT, a report.json, again. The exit code is 0 whatever its verdict."""
+    makers = {**RENDERERS, "model_card": _model_card}
+    with Outputs({n: o.get(n) for n in makers}, (document,)) as out:
+        loaded = strict_json.load_object(document, limit=1 << 31)
+        reports.validate(loaded)
+        _check_seal(loaded, document)
+        for kind in out.paths:
+            out.write(kind, makers[kind](loaded))
+    if o["as_json"]:
+        click.echo(dumps(loaded), nl=False)
+    elif not o["quiet"]:
+        click.echo(show.report(loaded))
+
+
+def _model_card(document: Mapping[str, Any]) -> str:
+    return reports.model_card(dict(document))
+
+
+# ---------------------------------------------------------------- around commands
+
+
+class _Work:
+    """A command that ends with a document: its outputs, progress, exit code."""
+
+    def __init__(self, o: Mapping[str, Any], out: Outputs, meter: Meter) -> None:
+        self.o, self.out, self.meter = o, out, meter
+        self.began, self.started = (time.monotonic(), time.process_time()), datetime.now(UTC)
+
+    def document(self, document: Mapping[str, Any], *, run: bool = True) -> None:
+        """Write it wherever it was asked for, and exit as it says."""
+        said = self._run() if run else None
+        document = sealed(document, said)
+        self.meter.stop()
+        for kind in list(self.out.paths):
+            self.out.write(kind, RENDERERS[kind](document))
+        if self.o["as_json"]:
+            click.echo(dumps(document), nl=False)
+        elif not self.o["quiet"]:
+            click.echo(show.report(document))
+        click.get_current_context().exit(int(document["exit_code"]))
+
+    def part(self, part: Mapping[str, Any]) -> None:
+        """Write a shard's part."""
+        from .shards import dumps_part
+
+        text = dumps_part(part)
+        if "report" in self.out.paths:
+            self.out.write("report", text)
+        if self.o["as_json"]:
+            click.echo(text, nl=False)
+        elif not self.o["quiet"]:
+            i, n = part["shard"]
+            click.echo(
+                f"part {i + 1} of {n} written to {self.o['report']}; put all together with `g2verify merge`"
+            )
+
+    def data(self, value: Mapping[str, Any], lines: list[str]) -> None:
+        """Print plain data."""
+        click.echo(dump_json(value) if self.o["as_json"] else "\n".join(lines))
+
+    def failed(self, e: G2Error, kind: str) -> None:
+        """A document with verdict ERROR where one was asked for, the message on stderr, the error's exit code."""
+        self.meter.stop()
+        document = sealed(error_document(e, kind), self._run())
+        for name in list(self.out.paths):
+            self.out.write(name, RENDERERS[name](document))
+        if self.o["as_json"]:
+            click.echo(dumps(document), nl=False)
+        click.echo(f"error[{e.code}]: {e}", err=True)
+        click.get_current_context().exit(e.exit_code)
+
+    def _run(self) -> dict[str, Any]:
+        return {
+            "command": _command_line(),
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self.began[0], 3),
+            "cpu_seconds": round(time.process_time() - self.began[1], 3),
+            "peak_rss_mib": round(peak_rss(), 1),
+        }
+
+
+@contextmanager
+def _work(kind: str, o: Mapping[str, Any], inputs: tuple[Path, ...]) -> Iterator[_Work]:
+    paths = {name: o.get(name) for name in RENDERERS}
+    if o.get("shard"):
+        _check_shard_outputs(o)
+    quiet = o["quiet"] or o["as_json"]
+    with Outputs(paths, inputs) as out, Meter(quiet=quiet) as meter:
+        work = _Work(o, out, meter)
+        try:
+            yield work
+        except G2Error as e:
+            if not (o["as_json"] or out.paths):
+                raise
+            work.failed(e, kind)
+
+
+def _check_shard_outputs(o: Mapping[str, Any]) -> None:
+    other = [n for n in ("html", "junit", "markdown") if o[n] is not None]
+    if other:
+        raise UsageError(
+            f"--{other[0]} is for whole reports, a shard is a part of one.",
+            fix="write parts with --report and give --html and the like to `g2verify merge`.",
+        )
+    if o["report"] is None and not o["as_json"]:
+        raise UsageError("a shard needs a place for its part.", fix="add --report PART.json.")
+
+
+def _options(o: Mapping[str, Any]) -> Options:
+    names = ("runner", "cand_runner", "dtype", "cand_dtype", "device", "cand_device", "mesh")
+    one, two = engines(**{n: o[n] for n in names})
+    if not 1 <= o["k"] <= 1e6:
+        raise UsageError(
+            f"k is {o['k']}, expected at least 1: a threshold below the noise floor means nothing."
+        )
+    options = Options(
+        o["profile"], one, two, o["text"], o["tokens"], o["budget"], o["k"], o["seed"]
+    )
+    return options if o["shard"] is None else replace(options, shard=parse_shard(o["shard"]))
+
+
+def _estimated(
+    ref: Path, cand: Path, options: Options, configs: tuple[Any, Any], fix: Mapping[str, bool]
+) -> tuple[dict[str, Any], list[str]]:
+    from .estimate import estimate, lines
+    from .side import open_side
+
+    with open_side(ref, configs[0], **fix) as one, open_side(cand, configs[1], **fix) as two:
+        found = estimate(one, two, options)
+    return found, lines(found)
+
+
+def _check_seal(document: Mapping[str, Any], where: Path) -> None:
+    if sealed(document)["content_id"] != document["content_id"]:
+        raise FormatError(
+            "the report was changed after it was written: its content_id does not fit.",
+            where=where,
+            fix="run the comparison again.",
+        )
+
+
+def _command_line() -> str:
+    return shlex.join(["g2verify", *sys.argv[1:]])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: errors become one line and an exit code."""
+    sys.exit(run_cli(g2verify, argv))
+
+
+__all__ = ["g2verify", "main"]

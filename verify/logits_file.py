@@ -1,0 +1,144 @@
+"""``g2verify logits``: a model's logits as one ``.npy`` file, written tile by tile, so that no more than a tile is in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..formats.errors import FormatError, SpaceError, UsageError
+from .runners import Runner
+
+Array = npt.NDArray[Any]
+BATCH_TOKENS = 4096
+TILE_BYTES = 64 << 20
+
+
+def read_tokens(path: str | Path) -> Array:
+    """Ids ``[batch, length]`` int64 from a ``.npy`` file of ``[length]`` or ``[batch, length]``.
+
+    Raises:
+        FormatError: not such a file.
+    """
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise FormatError(
+            f"no token ids can be read ({e}).", where=path, fix="save them with numpy.save."
+        ) from None
+    return as_ids(ids, path)
+
+
+def as_ids(ids: Any, where: str | Path | None = None) -> Array:
+    """Ids ``[length]`` or ``[batch, length]`` as ``[batch, length]`` int64.
+
+    Raises:
+        FormatError: they are something else.
+    """
+    good = (
+        isinstance(ids, np.ndarray) and ids.ndim in (1, 2) and ids.dtype.kind in "iu" and ids.size
+    )
+    if not good:
+        found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise FormatError(
+            f"token ids must be whole numbers of shape [length] or [batch, length], found {found}.",
+            where=where,
+        )
+    return np.atleast_2d(ids).astype(np.int64)
+
+
+def write_logits(
+    runner: Runner,
+    tokens: Array,
+    out: str | Path,
+    *,
+    progress: Callable[[int, str], None] = lambda tokens, what: None,
+) -> dict[str, Any]:
+    """Run a model over ids and write its logits.
+
+    Args:
+        runner: the model.
+        tokens: ids ``[batch, length]``, all real.
+        out: file to write: float32 ``[batch, length, vocab]``; replaced once it is complete.
+        progress: told of tokens.
+
+    Returns:
+        ``shape``, ``bytes``, and ``non_finite``: None, or batch, position and id of the first NaN or infinity.
+
+    Raises:
+        UsageError: ids outside the vocabulary.
+        SpaceError: the disk is too small.
+    """
+    out = Path(out)
+    batch, length = tokens.shape
+    shape = (batch, length, runner.config.vocab_size)
+    head = _header(shape)
+    size = len(head) + 4 * int(np.prod(shape))
+    free = shutil.disk_usage(out.absolute().parent).free
+    if size > free:
+        raise SpaceError(f"the logits need {size} bytes, the disk has {free}.", where=out,
+                         fix="give fewer tokens, or another disk.")  # fmt: skip
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < shape[2]:
+        raise UsageError(
+            f"token ids run from {tokens.min()} to {tokens.max()}, the vocabulary has {shape[2]}."
+        )
+    partial = out.with_name(f"{out.name}.partial")
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        os.ftruncate(fd, size)
+        os.pwrite(fd, head, 0)
+        bad = _write(fd, len(head), runner, tokens, progress)
+        os.fsync(fd)
+        os.close(fd)
+        partial.replace(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return {"shape": list(shape), "bytes": size, "non_finite": bad}
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<f4", "fortran_order": False, "shape": shape}
+    )
+    return buffer.getvalue()
+
+
+def _write(
+    fd: int, start: int, runner: Runner, tokens: Array, progress: Callable[[int, str], None]
+) -> list[int] | None:
+    """Sequences in batches, each batch's logits by rows of the vocabulary."""
+    batch, length = tokens.shape
+    vocab = runner.config.vocab_size
+    some = max(1, BATCH_TOKENS // max(length, 1))
+    first: list[int] | None = None
+    for b in range(0, batch, some):
+        part = tokens[b : b + some]
+        runner.start(part)
+        runner.finish()
+        rows = max(256, TILE_BYTES // (8 * part.size))
+        for low, _, tile in runner.logit_tiles(rows):
+            values = np.ascontiguousarray(tile, dtype="<f4")
+            if first is None and not np.isfinite(values.sum()):
+                at = np.argwhere(~np.isfinite(values))
+                first = [b + int(at[0][0]), int(at[0][1]), low + int(at[0][2])] if len(at) else None
+            for i in range(len(part)):
+                for p in range(length):
+                    at_row = ((b + i) * length + p) * vocab + low
+                    _put(fd, values[i, p], start + 4 * at_row)
+        progress(int(part.size), "logits")
+    return first
+
+
+def _put(fd: int, row: Array, offset: int) -> None:
+    data = row.view(np.uint8).data
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done

@@ -1,0 +1,86 @@
+"""Reports on a terminal: a verdict, a line per claim, what is missing."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "ERROR": "red"}
+WIDTH = 110
+_LISTED = 8
+
+
+def report(document: Mapping[str, Any]) -> str:
+    """A document as some lines."""
+    return "\n".join(_lines(document))
+
+
+def _lines(d: Mapping[str, Any]) -> Iterator[str]:
+    for name, side in d["identity"].items():
+        if side is not None:
+            yield _side(name, side)
+    for claim in d["claims"]:
+        yield from _wrapped(f"{_verdict(claim['verdict'])}  {claim['id']}  ", claim["sentence"])
+        for missing in claim["missing"]:
+            yield from _wrapped(" " * 18 + "missing: ", missing)
+    yield from _where(d)
+    if d["self_test"]:
+        yield from _self_test(d["self_test"])
+    for text in d["not_verified"][:_LISTED]:
+        yield from _wrapped("not verified  ", text)
+    if len(d["not_verified"]) > _LISTED:
+        yield f"not verified  and {len(d['not_verified']) - _LISTED} more, see the report"
+    yield from _wrapped(
+        f"{_verdict(d['verdict'])}  ", d["summary"] if not d["claims"] else _scope(d)
+    )
+
+
+def _side(name: str, side: Mapping[str, Any]) -> str:
+    what = side["format"] or side["kind"]
+    types = ", ".join(f"{n} {t}" for t, n in (side["dtypes"] or {}).items())
+    runner = side["runner"]
+    by = f"; run by {runner['name']} in {runner['dtype']}" if runner else ""
+    mark = f"\n{'':14}{side['fingerprint']}" if side["fingerprint"] else ""
+    return f"{name:12}  {side['path']} ({what}{': ' if types else ''}{types}{by}){mark}"
+
+
+def _scope(d: Mapping[str, Any]) -> str:
+    s = d["settings"]
+    if d["kind"] != "compare" or "tokens" not in s:
+        only = "weights and configuration only; nothing was run"
+        return only if d["kind"] == "weights" else str(d["summary"])
+    return f"{s['tokens']} tokens in {s['documents']} sequences, profile {s['profile']}"
+
+
+def _where(d: Mapping[str, Any]) -> Iterator[str]:
+    blocks = d["blocks"]
+    if not blocks:
+        return
+    place = blocks["first_divergent"] or blocks.get("outside_blocks")
+    if place:
+        yield f"parts at      {place['text']}"
+    for h in blocks["hypotheses"]:
+        yield from _wrapped("perhaps       ", f"{h['text']} ({h['because']})")
+
+
+def _self_test(found: Mapping[str, Any]) -> Iterator[str]:
+    width = max(len(m["title"]) for m in found["mutants"])
+    for m in found["mutants"]:
+        by = ", ".join(m["caught_by"]) or "nothing"
+        place = "at the right place" if m["right_place"] else "at the wrong place"
+        verdict = "PASS" if m["caught_by"] and m["right_place"] else "FAIL"
+        yield f"{_verdict(verdict)}  {m['title']:{width}}  caught by {by}, {place}"
+
+
+def _verdict(verdict: str) -> str:
+    return click.style(f"{verdict:12}", fg=COLOURS[verdict], bold=True)
+
+
+def _wrapped(head: str, text: str) -> Iterator[str]:
+    width = len(click.unstyle(head))
+    lines = textwrap.wrap(text, WIDTH - width) or [""]
+    yield head + lines[0]
+    yield from (" " * width + line for line in lines[1:])
