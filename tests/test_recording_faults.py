@@ -320,7 +320,7 @@ def test_every_part_of_the_document_may_be_anything(good: Path, tmp_path: Path) 
     (tmp_path / schema.ARRAYS).hardlink_to(good / schema.ARRAYS)
     anything = set()
     for path in places({k: v for k, v in original.items() if k not in ("id", "self_sha256")}):
-        for value in (None, -1, "x", [], {}, 1.5, True):
+        for value in (None, -1, "x", []):
             doc = json.loads(json.dumps(original))
             put(*path, value=value)(doc)
             (tmp_path / schema.DOCUMENT).write_bytes(schema.dumps(doc))

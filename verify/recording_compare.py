@@ -19,7 +19,6 @@ from .batches import BATCH_TOKENS, padded, plan_batches, targets
 from .block_errors import EMBEDDING, Trace, position_errors
 from .lockstep import BLOCK_ROWS, SCRATCH, LockstepResult, NonFinite, merge_results
 from .recording_bound import Largest, lower_bound
-from .recording_logits import LogitKeeper
 from .recording_read import Recording
 from .recording_stats import (
     check_model,
@@ -222,6 +221,8 @@ class _Against:
 
     def _bounds(self, batch: Sequence[int], real: Array, goals: Array) -> Stats:
         """Lower bounds from the recording's largest logits."""
+        from .recording_logits import LogitKeeper  # torch
+
         r, s = self.recording, self.recording.sizes
         ref = largest_of(r, batch)
         keeper = LogitKeeper(

@@ -64,7 +64,7 @@ class LogitKeeper:
         self._found = np.full(self._wanted.shape, np.nan)
         self._k, self._chosen, self._targets = k, chosen, targets
         self._lse = torch.full((positions,), -torch.inf, dtype=torch.float64)
-        self._keys: list[torch.Tensor | None] = []
+        self._keys: list[torch.Tensor] = []
         self._rows = np.empty((len(chosen), vocab), dtype)
         self._next = np.zeros(positions, np.float32)
         self._finite = np.ones(positions, bool)
@@ -90,16 +90,26 @@ class LogitKeeper:
 
     def _take_largest(self, index: int, x: torch.Tensor, start: int, stop: int) -> None:
         """Logit and id make one whole number that orders as (logit, -id), so equal logits leave no choice."""
-        keys = _ordered(x.float() + 0.0) << 32 | (_LOW - torch.arange(start, stop))
+        x = x.float() + 0.0  # -0 equals 0
         if index == len(self._keys):
-            self._keys.append(None)
-        before = self._keys[index]
-        keys = keys if before is None else torch.cat([before, keys], 1)
-        self._keys[index] = torch.topk(keys, min(self._k, keys.shape[1]), dim=1).values
+            first = _keys(x, torch.arange(start, stop))
+            self._keys.append(torch.topk(first, min(self._k, stop - start), dim=1).values)
+            return
+        kept = self._keys[index]
+        count = stop - start
+        if (
+            kept.shape[1] == self._k
+        ):  # an equal logit of a later token loses, so only larger ones count
+            above = x > _restored(kept[:, -1:] >> 32)
+            count = int(above.sum(1).max())
+        if count:
+            found = torch.topk(x, count, dim=1)
+            more = torch.cat([kept, _keys(found.values, found.indices + start)], 1)
+            self._keys[index] = torch.topk(more, min(self._k, more.shape[1]), dim=1).values
 
     def finish(self) -> Kept:
         """Everything, once all tiles came."""
-        keys = torch.cat([k for k in self._keys if k is not None])
+        keys = torch.cat(self._keys)
         return Kept(
             lse=self._lse.numpy(),
             ids=(_LOW - (keys & _LOW)).to(torch.int32).numpy(),
@@ -109,6 +119,10 @@ class LogitKeeper:
             wanted=self._found,
             finite=self._finite,
         )
+
+
+def _keys(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return _ordered(logits) << 32 | (_LOW - ids)
 
 
 def _ordered(x: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class Rounding:
 ROUNDING = {
     "float64": Rounding(8 * 2.0**-53, 2 * 2.0**-53, 4 * 2.0**-53),
     "float32": Rounding(8 * 2.0**-24, 2 * 2.0**-24, 4 * 2.0**-24),
-    "bfloat16": Rounding(2.0**-9, 2 * 2.0**-24, 4 * 2.0**-9),
+    "bfloat16": Rounding(2.0**-9, 2 * 2.0**-24, 6 * 2.0**-9),
 }
 
 

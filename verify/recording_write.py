@@ -28,7 +28,6 @@ from ..formats.manifest import TensorEntry, file_digest
 from ..model import canonical
 from . import recording_schema as schema
 from .batches import BATCH_TOKENS, padded, plan_batches, targets
-from .recording_logits import Kept, LogitKeeper
 from .runners import RUNNERS, Runner
 from .staging import StagedDirectory
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from ..convert.open import Checkpoint
     from .floor import Floor
     from .probes import ProbeSet
+    from .recording_logits import Kept
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, str], None]  # tokens just done, what is being done
@@ -277,6 +277,8 @@ def _record_logits(work: _Work, real: Array, place: _Place, writer: _Writer) -> 
 
 
 def _keep(work: _Work, real: Array, place: _Place) -> Kept:
+    from .recording_logits import LogitKeeper  # torch
+
     s, rows = work.sizes, place.rows
     where = {int(r): k for k, r in enumerate(rows)}
     chosen = np.array([where[int(r)] for r in work.sample_at if int(r) in where], np.int64)
