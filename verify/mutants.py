@@ -35,7 +35,7 @@ class Mutant:
         checkpoint: the reference with the mistake.
         layers: blocks that must differ by themselves; empty where no block does (embedding, final norm, head: see ``place``).
         place: layer number where the models part: -1 the embedding, the number of blocks the final norm, one more the head.
-        kind: ``config``, ``weight`` or ``code``.
+        kind: ``config``, ``weight`` or ``code``: what no file says.
         window: whether it shows only beyond the sliding window.
         activation: for ``code``: name of the activation in :mod:`.rounding` to run with.
     """
@@ -95,7 +95,8 @@ def _config_mutant(
     c: Checkpoint, name: str, title: str, config: GemmaConfig, layers: Iterable[int], **more: Any
 ) -> Mutant:
     found = tuple(layers)
-    return Mutant(name, title, changed(c, config=config), found, found[0], "config", **more)
+    kind = "code" if isinstance(config, ExchangedLayers) else "config"
+    return Mutant(name, title, changed(c, config=config), found, found[0], kind, **more)
 
 
 def _window(c: Checkpoint) -> Iterator[Mutant]:
