@@ -190,9 +190,7 @@ def _step(s: Report) -> str:
     """One step that does arithmetic, and what it changed."""
     tensors = f"{s['tensors']} tensor{'' if s['tensors'] == 1 else 's'}"
     if s["step"].startswith("reading "):
-        return (
-            f"{s['step']}: {_number(s['changed'])} stored elements were rounded when read, in {tensors}"
-        )
+        return f"{s['step']}: {_number(s['changed'])} stored elements were rounded when read, in {tensors}"
     if not s["changed"]:
         return f"{s['step']}: {tensors}, every element comes back exactly"
     return (
