@@ -50,7 +50,8 @@ class Axis:
         lane = math.copysign(LANE, stop - start) if self.zero else 0.0
         if value <= 0:
             return start
-        share = math.log(value / self.low) / math.log(self.high / self.low)
+        share = math.log(value) - math.log(self.low)
+        share /= math.log(self.high) - math.log(self.low)
         return start + lane + min(max(share, 0.0), 1.0) * (stop - start - lane)
 
     def marks(self, most: int) -> list[Tick]:

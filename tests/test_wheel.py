@@ -42,7 +42,7 @@ def test_everything_that_is_needed_is_there(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {
         f"g2kit/{p.relative_to(ROOT)}"
-        for folder in ("formats", "model", "convert", "verify")
+        for folder in ("formats", "model", "convert", "verify", "report")
         for p in (ROOT / folder).rglob("*.py")
     }
     assert sources <= names
@@ -54,6 +54,9 @@ def test_everything_that_is_needed_is_there(wheel: Path) -> None:
         "terminal.py",
         "model/sample/model.safetensors",
         "model/sample/tokenizer.model",
+        "report/schema.json",
+        "report/page.css",
+        "report/page.js",
     ):
         assert f"g2kit/{name}" in names
     assert not [n for n in names if "/tests/" in n or "/bench/" in n]
