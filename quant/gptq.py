@@ -1,0 +1,231 @@
+"""Rounding that knows the inputs: codes that keep ``tr(E H E^T)`` small, ``E`` the weights' error, ``H`` the inputs' second moments.
+
+GPTQ (arXiv 2210.17323) in its LDLQ form (arXiv 2307.13304, section 3): with ``H = U U^T``, U upper triangular and its columns divided by
+their diagonal, column k is rounded to the nearest of ``w_k + sum_{j<k} e_j U_jk``. The same codes as with the inverse's Cholesky factor, for one
+factorization and no inverse. Afterwards two steps that never raise the loss alternate: columns are rounded again with
+all others fixed (coordinate descent), and scales are refitted to their codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .grid import quantize_to, search_grid
+from .scheme import Codes, Scheme, on_grid
+
+DAMP_LADDER = (0.01, 0.02, 0.05, 0.10)
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``H`` factored in the order columns are rounded.
+
+    Attributes:
+        order: column indices ``[in_features]``, the first rounded first.
+        unit: unit upper triangular ``[in_features, in_features]``, rows and columns in that order.
+        damp: share of the mean diagonal that was added.
+        dtype: in which it was factored.
+    """
+
+    order: Tensor
+    unit: Tensor
+    damp: float
+    dtype: torch.dtype
+
+
+def factor(hessian: Tensor, *, act_order: bool = True, ladder: tuple[float, ...] = DAMP_LADDER) -> Factor | None:
+    """Factor ``H`` with the least damping of the ladder that works, in float32, then in float64.
+
+    Args:
+        hessian: symmetric ``[in_features, in_features]``; not changed. Columns that never saw an input have a zero diagonal.
+        act_order: round columns in descending order of the diagonal, so the most used are rounded with most left to correct.
+        ladder: shares of the mean diagonal to add.
+
+    Returns:
+        None when nothing worked.
+    """
+    diagonal = hessian.diagonal()
+    n = len(diagonal)
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n)
+    back = order.flip(0)
+    reversed_ = hessian[back][:, back]
+    mean = float(diagonal.double().mean())
+    dead = reversed_.diagonal() == 0
+    for dtype in (torch.float32, torch.float64):
+        for damp in ladder:
+            h = reversed_.to(dtype, copy=True)
+            h.diagonal().add_(damp * mean)
+            h.diagonal()[dead] = mean or 1.0
+            lower, failed = torch.linalg.cholesky_ex(h)
+            if not int(failed) and bool(torch.isfinite(lower).all()):
+                upper = lower.flip(0, 1)
+                return Factor(order, upper / upper.diagonal(), damp, dtype)
+    return None
+
+
+def ldlq(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, f: Factor) -> Codes:
+    """Round every column knowing the errors of those before it.
+
+    Args:
+        weight: float32 ``[out_features, in_features]``.
+        scales, zeros: the grid, fixed before (static groups, so that any order needs no g_idx).
+        scheme: how codes are read.
+        f: the factored Hessian.
+    """
+    n, order = weight.shape[1], f.order
+    width = scheme.width(n)
+    w = weight[:, order].to(f.dtype)
+    unit = f.unit
+    group = order // width
+    s = scales.to(f.dtype)[:, group]
+    z = torch.full_like(s, scheme.middle) if zeros is None else zeros.to(f.dtype)[:, group]
+    error, codes = torch.zeros_like(w), torch.empty_like(w)
+    top = scheme.levels - 1
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        target = w[:, start:stop] + error[:, :start] @ unit[:start, start:stop]
+        for k in range(start, stop):
+            t = target[:, k - start]
+            if k > start:
+                t = t + error[:, start:k] @ unit[start:k, k]
+            q = torch.round(t / s[:, k] + z[:, k]).clamp_(0, top)
+            codes[:, k] = q
+            error[:, k] = w[:, k] - (q - z[:, k]) * s[:, k]
+    placed = torch.empty(weight.shape, dtype=torch.uint8)
+    placed[:, order] = codes.to(torch.uint8)
+    return Codes(scheme, placed, scales, zeros)
+
+
+def loss(weight: Tensor, codes: Codes, hessian: Tensor) -> Tensor:
+    """``e H e^T`` of every row ``[out_features]``."""
+    e = weight - codes.dequantize()
+    return ((e @ hessian) * e).sum(1)
+
+
+def refine(
+    weight: Tensor, codes: Codes, hessian: Tensor, *, rounds: int = 3, sweeps: int = 2, linear: Tensor | None = None
+) -> Codes:
+    """Alternate scales refitted to the codes, and codes rounded again one column at a time.
+
+    Args:
+        weight: float32 ``[out_features, in_features]``.
+        codes: where to begin.
+        hessian: damped as wanted; not changed.
+        rounds: of both; ends early when no row gains.
+        sweeps: over all columns per round.
+        linear: extra term ``[out_features, in_features]``: the loss is ``e H e^T + 2 linear e^T``.
+
+    Returns:
+        Codes whose loss is, row by row, at most that of the ones given.
+    """
+    for _ in range(rounds):
+        better = descend(weight, refit(weight, codes, hessian, linear), hessian, sweeps, linear)
+        before, after = (_loss(weight, c, hessian, linear) for c in (codes, better))
+        gains = after < before
+        codes = choose(gains, better, codes)
+        if float((before - after)[gains].sum()) <= 1e-4 * float(before.abs().sum()):
+            break
+    return codes
+
+
+def _loss(weight: Tensor, codes: Codes, hessian: Tensor, linear: Tensor | None) -> Tensor:
+    e = weight - codes.dequantize()
+    product = e @ hessian if linear is None else e @ hessian + 2 * linear
+    return (product * e).sum(1)
+
+
+def choose(rows: Tensor, yes: Codes, no: Codes) -> Codes:
+    """Row by row the one or the other."""
+    pick = rows[:, None]
+    zeros = None if yes.zeros is None or no.zeros is None else torch.where(pick, yes.zeros, no.zeros)
+    return replace(
+        no, codes=torch.where(pick, yes.codes, no.codes), scales=torch.where(pick, yes.scales, no.scales), zeros=zeros
+    )
+
+
+def refit(weight: Tensor, codes: Codes, hessian: Tensor, linear: Tensor | None = None) -> Codes:
+    """Scales of least loss for given codes: one small linear system per row, then onto the grid."""
+    out, groups = codes.scales.shape
+    n = weight.shape[1]
+    zeros = codes.scheme.middle if codes.zeros is None else codes.zeros.float()[..., None]
+    c = codes.codes.view(out, groups, -1).float() - zeros
+    width = c.shape[-1]
+    h = hessian.view(groups, width, n)
+    wh = weight @ hessian if linear is None else weight @ hessian + linear
+    b = (wh.view(out, groups, width) * c).sum(-1)
+    a = torch.empty(out, groups, groups)
+    flat = c.view(out, n)
+    for g in range(groups):
+        a[:, g] = ((c[:, g] @ h[g]) * flat).view(out, groups, width).sum(-1)
+    a.diagonal(dim1=1, dim2=2).add_(1e-6 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20)
+    fitted, failed = torch.linalg.solve_ex(a, b)
+    # a scale that vanished or changed its sign would be another grid: keep the old one
+    old = codes.scales
+    bad = ~torch.isfinite(fitted) | (fitted * old <= 0) | (failed != 0)[:, None]
+    return codes.with_scales(torch.where(bad, old, fitted))
+
+
+def descend(weight: Tensor, codes: Codes, hessian: Tensor, sweeps: int, linear: Tensor | None = None) -> Codes:
+    """Round each column again with all others as they are; never raises the loss (QuantEase, arXiv 2309.01885)."""
+    n = weight.shape[1]
+    scheme = codes.scheme
+    width = scheme.width(n)
+    group = torch.arange(n) // width
+    s = codes.scales[:, group]
+    z = torch.full_like(s, scheme.middle) if codes.zeros is None else codes.zeros.float()[:, group]
+    q = codes.codes.float()
+    e = weight - (q - z) * s
+    diagonal = hessian.diagonal().clamp_min(1e-20)
+    for _ in range(sweeps):
+        changed = False
+        for start in range(0, n, BLOCK):
+            stop = min(start + BLOCK, n)
+            block = hessian[start:stop, start:stop]
+            g = e @ hessian[:, start:stop]
+            if linear is not None:
+                g = g + linear[:, start:stop]
+            for k in range(start, stop):
+                j = k - start
+                # the loss is quadratic in e_k with slope g_k: the best error is e_k - g_k / H_kk
+                best = weight[:, k] - (e[:, k] - g[:, j] / diagonal[k])
+                new = torch.round(best / s[:, k] + z[:, k]).clamp_(0, scheme.levels - 1)
+                moved = (q[:, k] - new) * s[:, k]  # change of the error
+                if bool(moved.any()):
+                    changed = True
+                    q[:, k] = new
+                    e[:, k] += moved
+                    g[:, j:] += moved[:, None] * block[j, j:]
+        if not changed:
+            break
+    return replace(codes, codes=q.to(torch.uint8))
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, f: Factor, *, rounds: int = 3, sweeps: int = 2
+) -> Codes:
+    """Grid by weighted search, LDLQ, refinement.
+
+    Args:
+        weight: float32 ``[out_features, in_features]``.
+        hessian: ``[in_features, in_features]``, second moments of the inputs.
+        scheme: what to quantize to.
+        f: ``factor(hessian)``.
+        rounds, sweeps: of :func:`refine`; 0 rounds for none.
+    """
+    scales, zeros = search_grid(weight, scheme, hessian.diagonal())
+    codes = ldlq(weight, scales, zeros, scheme, f)
+    if not rounds:
+        return codes
+    damped = hessian.clone()
+    damped.diagonal().add_(f.damp * float(hessian.diagonal().mean()))
+    return refine(weight, codes, damped, rounds=rounds, sweeps=sweeps)
+
+
+def rtn(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Codes:
+    """Nearest codes on the best grid."""
+    scales, zeros = search_grid(weight, scheme, importance)
+    return Codes(scheme, quantize_to(weight, scales, zeros, scheme), on_grid(scales), zeros)
