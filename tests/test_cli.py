@@ -220,6 +220,7 @@ def _half(root: Path) -> Path:
 def _no_config(root: Path) -> Path:
     save(root)
     (root / "config.json").unlink()
+    (root / "g2kit.manifest.json").unlink()  # it knows the configuration too
     return root
 
 

@@ -169,6 +169,12 @@ def test_every_error_class_has_advice_at_hand(run, monkeypatch, tmp_path: Path) 
         assert "Fix: " in run("inspect", tmp_path)[2], kind
 
 
+def test_signal_handlers_are_given_back() -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)]
+    run_cli(g2conv, ["--version"])
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
 # ---- usage
 
 

@@ -18,7 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g2kit.formats.dtypes import BF16, F16, F32, I8
-from g2kit.formats.errors import ConfigError, DtypeError, G2Error, LimitError
+from g2kit.formats.errors import (
+    ConfigError,
+    DtypeError,
+    G2Error,
+    LimitError,
+    UnknownConfigError,
+)
 from g2kit.model import config_formats as cf
 from g2kit.model.config import PRESETS, GemmaConfig
 
@@ -580,7 +586,7 @@ def test_unknown_shapes_are_never_guessed() -> None:
         lambda: cf.from_shapes("gemma2", sizes, "flax"),
         "flax: no released gemma2 model has these shapes: num_hidden_layers 4, hidden_size 64",
         "does not store query_pre_attn_scalar, attn_logit_softcapping",
-        "pass --config FILE", '"model_type": "gemma2", "num_hidden_layers": 4',
+        "pass --config FILE", '"model_type": "gemma2", "num_hidden_layers": 4', kind=UnknownConfigError,
     )  # fmt: skip
     assert cf.closest_preset("gemma2", sizes) is None
     near = cf.axis_sizes(PRESETS["gemma2-9b"].config) | {"h": 128}

@@ -157,6 +157,7 @@ def make_hollow(root: Path, config: GemmaConfig, to: str) -> None:
 def test_unknown_shapes_ask_for_a_configuration(tmp_path: Path) -> None:
     src = saved(tmp_path / "x", small("gemma2-9b"))
     (src / "config.json").unlink()
+    (src / "g2kit.manifest.json").unlink()  # it knows the configuration too
     with pytest.raises(ConfigError, match=r"sliding_window.*pass --config FILE"):
         open_checkpoint(src)
 
