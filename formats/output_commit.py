@@ -16,7 +16,9 @@ first and the new one comes last: a manifest never describes another file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 from . import manifest as mf
 from . import output_fs as ofs
 from . import strict_json
-from .errors import ConflictError, G2Error, ResumeError
+from .errors import ConflictError, G2Error, InputError, ResumeError
 from .journal import Journal
 from .names import listing
 from .output_paths import PARTIAL, check_replaceable, remove_known
@@ -72,6 +74,11 @@ class Stage:
     def payload(self) -> Path:
         """What is renamed to ``dst``."""
         return self.data / self.single if self.single else self.data
+
+    @property
+    def visible(self) -> list[Path]:
+        """What appears outside of the staging directory."""
+        return [self.dst, self.final_manifest] if self.single else [self.dst]
 
     @property
     def suffixes(self) -> list[str]:
@@ -144,8 +151,8 @@ def commit(fs: ofs.Filesystem, stage: Stage, journal: Journal, *, overwrite: boo
                 _land_file(fs, stage, overwrite)
             else:
                 _land_dir(fs, stage, overwrite and there)
-        except FileExistsError:
-            raise exists_error(stage.dst) from None
+        except FileExistsError as e:
+            raise exists_error(Path(e.filename2 or e.filename or stage.dst)) from None
     return replaces
 
 
@@ -159,8 +166,9 @@ def _land_dir(fs: ofs.Filesystem, stage: Stage, replace: bool) -> None:
 
 
 def _land_file(fs: ofs.Filesystem, stage: Stage, overwrite: bool) -> None:
-    if ofs.exists(fs, stage.dst) and not overwrite:
-        raise FileExistsError
+    for path in stage.visible:
+        if ofs.exists(fs, path) and not overwrite:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     if ofs.exists(fs, stage.final_manifest):
         fs.unlink(stage.final_manifest)
         ofs.sync_dir(fs, stage.dst.parent)
@@ -195,7 +203,7 @@ def complete_commit(fs: ofs.Filesystem, stage: Stage, records: list[dict[str, An
 
 def _landed(fs: ofs.Filesystem, stage: Stage, record: dict[str, Any]) -> bool:
     if not ofs.exists(fs, stage.payload):
-        return ofs.exists(fs, stage.dst)
+        return _is_the_output(fs, stage, record)
     if stage.single:
         return False
     if not ofs.exists(fs, stage.dst):
@@ -215,6 +223,23 @@ def _landed(fs: ofs.Filesystem, stage: Stage, record: dict[str, Any]) -> bool:
             f"{stage.partial}.",
         )
     return there
+
+
+def _is_the_output(fs: ofs.Filesystem, stage: Stage, record: dict[str, Any]) -> bool:
+    """Whether the destination is what this commit put there, rather than something that came there since.
+
+    Its bytes tell: after a power loss inodes and times need not be those that were noted.
+    """
+    staged = stage.data / stage.manifest_name
+    manifest = staged if stage.single and ofs.exists(fs, staged) else stage.final_manifest
+    digest = _digest(fs, manifest)
+    if digest is None or digest != record.get("manifest") or not ofs.exists(fs, stage.dst):
+        return False
+    try:
+        mf.check_files(stage.dst, mf.load(manifest))
+    except InputError:
+        return False
+    return True
 
 
 def _digest(fs: ofs.Filesystem, manifest: Path) -> str | None:
@@ -249,9 +274,10 @@ def clear(fs: ofs.Filesystem, stage: Stage, known: Iterable[str]) -> None:
 
 def exists_error(dst: Path) -> ConflictError:
     """What to raise when the destination is there and may not be replaced."""
-    kind = "directory" if dst.is_dir() else "file"
+    is_manifest = dst.name.endswith(f".{mf.NAME}")
+    kind = "'s manifest" if is_manifest else " directory" if dst.is_dir() else " file"
     return ConflictError(
-        f"the destination {kind} exists.",
+        f"the destination{kind} exists.",
         where=dst,
         fix="pass --overwrite to replace it, or another destination.",
     )

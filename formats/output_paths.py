@@ -231,9 +231,11 @@ def remove_known(fs: ofs.Filesystem, root: Path, known: Iterable[str]) -> list[s
     """Remove a directory that holds nothing but ``known`` files.
 
     Returns:
-        Names that were found besides; if there are any, nothing is removed.
+        Names that were found besides, the directory's own where it is none; if there are any, nothing is removed.
     """
     with ofs.calls("list", root):
+        if not stat.S_ISDIR(fs.lstat(root).st_mode):  # a link would lead to somebody's files
+            return [root.name]
         files, dirs = tree(root)
     if foreign := sorted(files.keys() - set(known)):
         return foreign

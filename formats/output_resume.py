@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ from . import output_fs as ofs
 from .errors import ConflictError, ResumeError, printable
 from .journal import Journal
 from .names import listing
+from .output_paths import check_kind, tree
 from .output_ranges import Span
 
 VERSION = 1
@@ -47,13 +50,38 @@ def require_ours(fs: ofs.Filesystem, stage: oc.Stage) -> None:
     """Refuse a staging directory that g2kit did not make, before anything is put into it.
 
     Raises:
-        ConflictError: it holds other things.
+        ConflictError: it holds other things, or symbolic links in place of g2kit's.
     """
-    ours = {p.name for p in (stage.lock, stage.journal, stage.data, stage.old)}
+    kinds = {
+        stage.lock.name: stat.S_ISREG,
+        stage.journal.name: stat.S_ISREG,
+        stage.data.name: stat.S_ISDIR,
+        stage.old.name: stat.S_ISDIR,
+    }
     with ofs.calls("list", stage.partial):
-        odd = set(fs.listdir(stage.partial)) - ours
+        names = fs.listdir(stage.partial)
+    odd = []
+    for name in names:
+        with ofs.calls("look at", stage.partial / name), suppress(FileNotFoundError):
+            mode = fs.lstat(stage.partial / name).st_mode
+            if name not in kinds or not kinds[name](mode):
+                odd.append(name)
     if odd:
         raise _not_ours(stage, sorted(odd))
+
+
+def _require_no_links(fs: ofs.Filesystem, stage: oc.Stage) -> None:
+    """Refuse links below the staging directory: whoever writes or removes through them hits other files."""
+    for root in (stage.data, stage.old):
+        with ofs.calls("list", root):
+            files = tree(root)[0] if ofs.exists(fs, root) else {}
+        links = sorted(n for n, st in files.items() if stat.S_ISLNK(st.st_mode))
+        if links:
+            raise ConflictError(
+                f"symbolic links are in the unfinished output: {listing(links)}.",
+                where=root,
+                fix=f"remove them, or move {stage.partial} away; nothing was changed or deleted.",
+            )
 
 
 def _not_ours(stage: oc.Stage, odd: list[str]) -> ConflictError:
@@ -79,6 +107,7 @@ def take_over(
         ConflictError: the destination exists, or something in the way is not g2kit's.
         ResumeError: an interrupted run of another plan is there.
     """
+    require_ours(fs, stage)  # once more: now nobody else works here
     if not journal.records:
         with ofs.calls("list", stage.partial):
             odd = set(fs.listdir(stage.partial)) - {stage.lock.name, stage.journal.name}
@@ -86,6 +115,7 @@ def take_over(
             raise _not_ours(stage, sorted(odd))
         require_free(fs, stage, overwrite=overwrite)
         return Found()
+    _require_no_links(fs, stage)
     old = _checked_head(journal, stage)
     known = _known(journal, old)
     differences = _differences(old["plan"], head["plan"])
@@ -98,8 +128,10 @@ def take_over(
         if resume and differences:
             raise _mismatch(stage, differences)
         found = _replay(journal)
-        if resume and found.created:
-            return found
+        if resume and found.created and ofs.exists(fs, stage.data):
+            return (
+                found  # without data a finished output was put in its place, and is gone from there
+            )
         oc.clear(fs, stage, known)
     journal.forget()
     return Found()
@@ -111,23 +143,53 @@ def require_free(fs: ofs.Filesystem, stage: oc.Stage, *, overwrite: bool) -> Non
     Raises:
         ConflictError: the destination exists, or holds what is not g2kit's.
     """
-    with ofs.calls("look at the destination", stage.dst):
-        there = ofs.exists(fs, stage.dst)
-    if there and not overwrite:
-        raise oc.exists_error(stage.dst)
-    if there and not stage.single:
-        oc.previous_files(stage.dst)
+    for path in stage.visible:
+        there = check_kind(path, is_file=stage.single is not None)
+        if there and not overwrite:
+            raise oc.exists_error(path)
+        if there and not stage.single:
+            oc.previous_files(path)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_units(value: Any) -> bool:
+    return _is_table(value) and all(map(_is_table, value.values()))
+
+
+def _is_spans(value: Any) -> bool:
+    """File -> list of [start, stop]."""
+    return _is_table(value) and all(
+        isinstance(spans, list)
+        and all(isinstance(s, list) and [type(n) for n in s] == [int, int] for s in spans)
+        for spans in value.values()
+    )
+
+
+# kind of line -> what its fields must be
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "open": {"plan": _is_table, "files": _is_names},
+    "created": {},
+    "sync": {"units": _is_units, "written": _is_spans},
+    "commit": {"replaces": _is_names},
+}
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    fields = _FIELDS.get(str(record.get("kind")))
+    return fields is not None and all(good(record.get(key)) for key, good in fields.items())
 
 
 def _checked_head(journal: Journal, stage: oc.Stage) -> dict[str, Any]:
     head = journal.records[0]
-    good = (
-        head.get("kind") == "open"
-        and head.get("version") == VERSION
-        and isinstance(head.get("plan"), dict)
-        and isinstance(head.get("files"), list)
-    )
-    if not good:
+    good = (head.get("kind"), head.get("version")) == ("open", VERSION)
+    if not good or not all(map(_is_sound, journal.records)):
         raise ConflictError(
             "the interrupted run in this directory was made by another version of g2kit.",
             where=stage.partial,

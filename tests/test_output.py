@@ -432,7 +432,7 @@ def test_files_changed_in_the_partial_are_noticed(tmp_path):
     with pytest.raises(ResumeError, match=r"d.bin: .* is missing"):
         case.run(tmp_path / "out")
     victim.symlink_to("/etc/passwd")
-    with pytest.raises(ResumeError, match=r"d.bin: .* not 304"):
+    with pytest.raises(ConflictError, match=r"symbolic links are in the .* d\.bin"):
         case.run(tmp_path / "out")
 
 
