@@ -118,7 +118,7 @@ class Limits:
 
     Attributes:
         kl_max, rms_max: k times, sqrt(k) times the floor; None where no estimator gave one.
-        source: in words, such as ``10 x floor (float64 run)``.
+        source: in words, such as ``10 x floor (float64 run)``; where there is no floor, why.
     """
 
     kl_max: float | None
@@ -374,7 +374,8 @@ def _within_floor(
         return rule.claim(FAIL, " ".join(failed), proof)
     missing = list(uncovered)
     if limits is None or limits.kl_max is None:
-        missing.insert(0, "a noise floor: none could be measured for this runner and type")
+        why = limits.source if limits else "none could be measured"
+        missing.insert(0, f"a noise floor ({why})")
     if m.lower_bound:
         missing.append(
             "a recording with hidden states: from the largest logits KL is only bounded from below"

@@ -18,7 +18,7 @@ from .. import __version__
 from .. import report as reports
 from ..formats import strict_json
 from ..formats.errors import EXIT_FAIL, FormatError, G2Error, UsageError
-from ..terminal import Meter, dump_json, run_cli
+from ..terminal import Meter, dump_json, reporting, run_cli
 from . import show
 from .document import dumps, error_document, sealed
 from .machine import peak_rss
@@ -44,7 +44,8 @@ Examples:
 
 \b
 Exit codes: 0 PASS; 1 FAIL; 2 wrong usage; 3 ERROR, bad input; 4 disk, memory or a missing package;
-5 refused as unsafe; 6 INCONCLUSIVE, the evidence does not decide; 70 a bug.
+5 refused as unsafe; 6 INCONCLUSIVE, the evidence does not decide; 70 a bug;
+141 nobody reads standard output.
 """
 Command = Callable[..., Any]
 
@@ -155,6 +156,10 @@ def _path(name: str) -> Callable[[Command], Command]:
     show_default=True,
     help="Thresholds are this many noise floors.",
 )
+@click.option("--reference-embedding", metavar="MODEL", type=click.Path(path_type=Path),
+              help="Checkpoint with the embedding of a recording that does not carry it.")  # fmt: skip
+@click.option("--candidate-embedding", metavar="MODEL", type=click.Path(path_type=Path),
+              help="The same where CAND is a recording too.")  # fmt: skip
 @click.option("--shard", metavar="i/N", help="Do this share only; write the part with --report.")
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
 @_report_options
@@ -348,10 +353,11 @@ class _Work:
         self.meter.stop()
         for kind in list(self.out.paths):
             self.out.write(kind, RENDERERS[kind](document))
-        if self.o["as_json"]:
-            click.echo(dumps(document), nl=False)
-        elif not self.o["quiet"]:
-            click.echo(show.report(document))
+        with reporting(*self.out.paths.values()):
+            if self.o["as_json"]:
+                click.echo(dumps(document), nl=False)
+            elif not self.o["quiet"]:
+                click.echo(show.report(document))
         click.get_current_context().exit(int(document["exit_code"]))
 
     def part(self, part: Mapping[str, Any]) -> None:
@@ -429,8 +435,9 @@ def _options(o: Mapping[str, Any]) -> Options:
             f"k is {o['k']}, expected at least 1: a threshold below the noise floor means nothing."
         )
     options = Options(
-        o["profile"], one, two, o["text"], o["tokens"], o["budget"], o["k"], o["seed"]
-    )
+        o["profile"], one, two, o["text"], o["tokens"], o["budget"], o["k"], o["seed"],
+        reference_embedding=o["reference_embedding"], candidate_embedding=o["candidate_embedding"],
+    )  # fmt: skip
     return options if o["shard"] is None else replace(options, shard=parse_shard(o["shard"]))
 
 

@@ -169,7 +169,7 @@ def _settings(f: Findings, budget: float | None) -> dict[str, Any]:
     settings = {**f.part["settings"], "budget": budget, "shard": None}
     probes = f.part["probes"]
     if probes is not None:
-        settings |= {n: probes[n] for n in ("documents", "tokens")}
+        settings |= {n: probes[n] for n in ("profile", "documents", "tokens")}
         settings["probes_sha256"] = probes["sha256"]
     return settings
 

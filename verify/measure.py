@@ -165,6 +165,7 @@ class _Run:
         """Lockstep, kernel, floor, checks, extras."""
         self.part["probes"] = {
             "sha256": self.probes.sha256,
+            "profile": self.probes.profile,
             "tokens": self.probes.tokens,
             "documents": len(self.probes),
             "list": [[p.id, p.group] for p in self.probes],
@@ -190,9 +191,14 @@ class _Run:
             "batch_tokens": o.batch_tokens, "shard": share, "progress": self.meter,
         }  # fmt: skip
         if self.ref.recording is not None and self.cand.recording is not None:
-            return compare_recordings(self.ref.recording, self.cand.recording, **kind)
+            return compare_recordings(
+                self.ref.recording, self.cand.recording,
+                reference_embedding=o.reference_embedding, candidate_embedding=o.candidate_embedding,
+                **kind,
+            )  # fmt: skip
         if self.ref.recording is not None:
             with self.cand.open_runner(self.engine) as runner:
+                kind["reference_embedding"] = o.reference_embedding
                 return compare_recording(
                     self.ref.recording, runner, device=_place(self.engine), **kind
                 )
@@ -242,11 +248,11 @@ class _Run:
         if self.cand.checkpoint is not None:
             self.own = self._floor(self.cand, mine, self.engine, tiles)
         elif other is not None and other.floor is not None:
-            self.own = Floor.from_json(other.floor)
+            self.own = other.floor
         if recording.floor is None or self.own is None:
             self.part["floor_reason"] = "a recording carries no noise floor"
             return
-        both = Floor.from_json(recording.floor).plus(self.own)
+        both = recording.floor.plus(self.own)
         self.part["floor"] = replace(both, k=self.options.k).to_json()
 
     def _floor(

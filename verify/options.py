@@ -54,6 +54,8 @@ class Options:
         k: thresholds are this many times the noise floor.
         seed: of pseudo-random ids.
         batch_tokens: largest padded batch.
+        reference_embedding: checkpoint with the embedding of a recorded reference that does not carry it.
+        candidate_embedding: the same for a recorded candidate.
         shard: ``(i, n)``, from 0: do this share only; None for all of it, and what needs all of it.
     """
 
@@ -66,6 +68,8 @@ class Options:
     k: float = 10.0
     seed: int = 0
     batch_tokens: int = BATCH_TOKENS
+    reference_embedding: str | Path | None = None
+    candidate_embedding: str | Path | None = None
     shard: tuple[int, int] | None = None
 
     @property
