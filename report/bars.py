@@ -109,7 +109,9 @@ def strips(
             )
         )
         out.append(tag("line", x1=place, x2=place, y1=top - 12, y2=bottom, cls="rule"))
-        out.append(tag("text", mark[1], x=place + 5, y=top - 12, cls="strong"))
+        before = place > (left + right) / 2
+        spot = {"x": place - 5, "text_anchor": "end"} if before else {"x": place + 5}
+        out.append(tag("text", mark[1], y=top - 12, cls="strong", **spot))
     for value, label in axis.marks(5 if narrow else 9):
         place = axis.at(value, left, right)
         out.append(tag("line", x1=place, x2=place, y1=top - 8, y2=bottom, cls="grid"))

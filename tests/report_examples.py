@@ -572,7 +572,7 @@ def inconclusive() -> Document:
 def error() -> Document:
     return document(
         "compare", "ERROR", "The vocabularies differ: 256,000 rows against 3,072. Compare checkpoints of one model.",
-        identity={"reference": side("a"), "candidate": side("b")}, differences=[{"field": "vocab_size", "reference": 256000, "candidate": 3072}],
+        identity={"reference": side("a"), "candidate": side("b", fingerprint=f"g2:sha256:{digest(1)}")}, error={"code": "E_CONFIG", "message": "The vocabularies differ."}, differences=[{"field": "vocab_size", "reference": 256000, "candidate": 3072}],
     )  # fmt: skip
 
 

@@ -30,6 +30,9 @@ _CURVES = {
     "accumulated_far": ("accumulated, beyond the window", "s2 dash", "none"),
 }
 
+_NOISE = {"floor": "noise floor", "threshold": "limit"}
+Curves = dict[str, tuple[str, str, str]]
+
 
 def section(document: Document) -> Section | None:
     """See :data:`..sections.ORDER`."""
@@ -68,59 +71,58 @@ def _lede(blocks: Document) -> str:
 
 def _plot(blocks: Document) -> Html:
     layers = blocks["layers"]
-    used = {f: c for f, c in _CURVES.items() if any(b[f] is not None for b in layers)}
+    used = {f: c for f, c in _CURVES.items() if _known(layers, f)}
     y = Axis.logarithmic(
         "relative error of hidden states (RMS)",
-        [b.get(f) for b in layers for f in (*used, "floor", "threshold")],
+        [b.get(f) for b in layers for f in (*used, *_NOISE)],
     )
     ticks = [(float(b["layer"]), f"{b['layer']}|{b['kind'][:1].upper()}") for b in layers]
-    x = Axis(
-        "block (L local, G global attention)",
-        layers[0]["layer"] - 0.5,
-        layers[-1]["layer"] + 0.5,
-        ticks=ticks,
+    ends = layers[0]["layer"] - 0.5, layers[-1]["layer"] + 0.5
+    x = Axis("block (L local, G global attention)", *ends, ticks=ticks)
+    drawn = _drawn(blocks, used)
+    alt = f"Relative error of {count(len(layers), 'block')}"
+    samples = [(name, sample_line(curve, dot)) for name, curve, dot in used.values()]
+    noise = {"floor": sample_area("floor"), "threshold": sample_line("limit")}
+    samples += [(_NOISE[f], sample) for f, sample in noise.items() if _known(layers, f)]
+    return figure(
+        lambda w: chart(w, 360 if w > 600 else 320, x, y, drawn, alt=alt, head=46),
+        key=legend(*samples),
+        table=_table(layers, used),
     )
-    drawn: list[Layer] = []
-    if any(b["floor"] is not None for b in layers):
-        drawn.append(Steps([(b["layer"], b["floor"]) for b in layers], 0.5))
-    if any(b.get("threshold") is not None for b in layers):
-        drawn.append(Caps([(b["layer"], b.get("threshold")) for b in layers], 0.5))
-    first = blocks["first_divergent"]
+
+
+def _known(layers: list[Document], field: str) -> bool:
+    return any(b.get(field) is not None for b in layers)
+
+
+def _drawn(blocks: Document, used: Curves) -> list[Layer]:
+    layers, first = blocks["layers"], blocks["first_divergent"]
+    drawn: list[Layer] = [
+        Steps([(b["layer"], b["floor"]) for b in layers], 0.5),
+        Caps([(b["layer"], b.get("threshold")) for b in layers], 0.5),
+    ]
     if first is not None:
         drawn.append(Upright(first["layer"], "first to diverge", span=0.5))
-    drawn += [
-        Line([(b["layer"], b[f]) for b in layers], curve, dots=dot)
-        for f, (_, curve, dot) in used.items()
-    ]
-    drawn.append(Hover([(b["layer"], _tip(b, used)) for b in layers]))
+    for f, (_, curve, dot) in used.items():
+        drawn.append(Line([(b["layer"], b[f]) for b in layers], curve, dots=dot))
+    return [*drawn, Hover([(b["layer"], _tip(b, used)) for b in layers])]
+
+
+def _table(layers: list[Document], used: Curves) -> Html:
+    names = {
+        **{f: c[0] for f, c in used.items()},
+        **{f: n for f, n in _NOISE.items() if _known(layers, f)},
+    }
     heads = [
         Column("Block", True),
         Column("Attention"),
-        *(Column(name.capitalize(), True) for name, _, _ in used.values()),
-        Column("Floor", True),
+        *(Column(n.capitalize(), True) for n in names.values()),
     ]
-    rows = [
-        [number(b["layer"]), b["kind"], *(number(b[f]) for f in used), number(b["floor"])]
-        for b in layers
-    ]
-    return figure(
-        lambda w: chart(
-            w,
-            360 if w > 600 else 320,
-            x,
-            y,
-            drawn,
-            alt=f"Relative error of {count(len(layers), 'block')}",
-            head=46,
-        ),
-        key=legend(
-            *((name, sample_line(curve, dot)) for name, curve, dot in used.values()),
-            ("noise floor", sample_area("floor")),
-        ),
-        table=table(heads, rows),
-    )
+    rows = [[number(b["layer"]), b["kind"], *(number(b.get(f)) for f in names)] for b in layers]
+    return table(heads, rows)
 
 
-def _tip(b: Document, used: dict[str, tuple[str, str, str]]) -> str:
-    lines = [f"{name}: {number(b[f])}" for f, (name, _, _) in used.items() if b[f] is not None]
-    return " | ".join([f"block {b['layer']} ({b['kind']})", *lines, f"floor: {number(b['floor'])}"])
+def _tip(b: Document, used: Curves) -> str:
+    names = {**{f: c[0] for f, c in used.items()}, **_NOISE}
+    lines = (f"{name}: {number(b[f])}" for f, name in names.items() if b.get(f) is not None)
+    return " | ".join((f"block {b['layer']} ({b['kind']})", *lines))

@@ -71,16 +71,13 @@ def _probes(document: Document) -> Html | None:
         return None
     names = sorted(groups, key=lambda g: (len(g), g))
     rows = [_reach(name, groups[name]) for name in names]
-    longest = max(v for r in rows for v in r.values)
     window = (document.get("series") or {}).get("window")
-    ticks = [(float(2**k), f"{2**k:,}") for k in range(40) if 2**k <= 2 * longest]
-    axis = Axis(
-        "longest position (logarithmic)", 1.0, max(longest * 1.06, 2.0), log=True, ticks=ticks
-    )
-    axis = Axis(
-        axis.label, axis.low, axis.high, True, False, [t for t in ticks if t[0] <= axis.high]
-    )
-    mark = (float(window), f"window {window:,}") if window and window < axis.high else None
+    # a window that no probe reaches is the thing to see
+    longest = max(*(v for r in rows for v in r.values), float(window or 1), 1.0)
+    high = max(longest * 1.06, 2.0)
+    ticks = [(float(2**k), f"{2**k:,}") for k in range(40) if 2**k <= high]
+    axis = Axis("longest position (logarithmic)", 1.0, high, log=True, ticks=ticks)
+    mark = (float(window), f"window {window:,}") if window else None
     drawing = figure(
         lambda w: strips(w, rows, axis, mark, alt="How far the probes of each group reach"),
         table=table(

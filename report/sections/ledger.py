@@ -14,7 +14,7 @@ from ..tables import Cell, Column, filter_box, table
 
 _COLUMNS = (
     Column("Tensor", cls="nowrap"),
-    Column("Shape"),
+    Column("Shape", cls="nowrap"),
     Column("Reference"),
     Column("Candidate"),
     Column("Verdict"),

@@ -99,7 +99,7 @@ def _bar(e: Document, verdict: str, low: float, high: float) -> Html:
         return Html()
     finite = [min(r, high) for r in ratios]
     bar = span(finite[0], sorted(finite[1:]) or None, low, high, css(verdict))
-    over = tag("span", f"{number(ratios[0])} ×") if math.isfinite(ratios[0]) else None
+    over = tag("span", f"{number(ratios[0])} ×" if math.isfinite(ratios[0]) else "")
     return tag("div", bar, over, cls="over")
 
 
@@ -112,4 +112,5 @@ def _ruler(low: float, high: float) -> Html:
         if abs(place - limit) > 30:
             marks.append(tag("text", label, x=place, y=12, text_anchor="middle"))
     marks.append(tag("text", "limit", x=limit, y=12, text_anchor="middle", cls="strong"))
-    return svg(200, 16, join(marks), "scale: value over limit", "span")
+    scale = svg(200, 16, join(marks), "scale: value over limit", "span")
+    return tag("div", scale, tag("span"), cls="over")

@@ -110,4 +110,4 @@ def _top(name: str, entries: list[Document], cls: str, both: set[int]) -> Html:
 
 def _piece(e: Document) -> str:
     piece = e.get("piece")
-    return f"#{e['id']}" if piece is None else clip(piece.replace("▁", "␣"), _PIECE) or "(empty)"
+    return f"#{e['id']}" if piece is None else clip(re.sub("[▁ ]", "␣", piece), _PIECE) or "(empty)"
