@@ -31,7 +31,6 @@ from ..model import canonical
 from ..model.config import GemmaConfig
 from ..model.config_formats import to_plain
 from . import digest, unconfigured
-from .layout import Layout
 from .open import Checkpoint, open_checkpoint, stored_dtype
 from .plan import (
     Conversion,
@@ -216,11 +215,11 @@ def _execute(
 
     with _output(plan, dst, resume, overwrite) as out:
         checkpoint.source.scratch = out.partial
-        times = _modification_times(checkpoint)
-        _require_same_source(checkpoint, out.done, times)
+        state = _state_of_files(checkpoint)
+        _require_same_source(plan, out.done, state)
 
         def complete(name: str, record: Mapping[str, Any]) -> None:
-            out.complete(name, {**record, "times": times})
+            out.complete(name, {**record, "state": state})
 
         meter.start(plan.nbytes, "converting")
         records = run_tasks(plan.tasks, out.write, complete, out.done, meter)
@@ -234,13 +233,15 @@ def _execute(
         return records, dict(manifest.files), len(out.done), checked
 
 
-def _modification_times(checkpoint: Checkpoint) -> str:
-    stats = [(f.name, f.stat().st_mtime_ns) for f in checkpoint.source.files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+def _state_of_files(checkpoint: Checkpoint) -> str:
+    """Differs wherever a file of the source may have been written or replaced, whatever was done to its times."""
+    stats = [(f.name, f.stat()) for f in checkpoint.source.files]
+    kept = [(n, st.st_dev, st.st_ino, st.st_mtime_ns, st.st_ctime_ns) for n, st in stats]
+    return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
 
 
 def _source_identity(checkpoint: Checkpoint) -> str:
-    """Names, shapes, dtypes and file sizes of the source; its bytes are compared where its times changed."""
+    """Names, shapes, dtypes and file sizes of the source; its bytes are compared where the files may have changed."""
     h = hashlib.sha256()
     for t in checkpoint.source.tensors.values():
         h.update(repr((t.name, t.stored, t.shape)).encode())
@@ -250,18 +251,20 @@ def _source_identity(checkpoint: Checkpoint) -> str:
 
 
 def _require_same_source(
-    checkpoint: Checkpoint, done: Mapping[str, Mapping[str, Any]], times: str
+    plan: Conversion, done: Mapping[str, Mapping[str, Any]], state: str
 ) -> None:
-    """Where the source's files were touched since the interrupted run, hash again what was taken from them."""
-    for name, record in done.items():
-        if (
-            record["times"] != times
-            and digest.digest(checkpoint.tensors[name]) != TaskRecord.from_json(record).source
-        ):
+    """Where the source's files may have changed since the interrupted run, hash again what was taken from them."""
+    for task in plan.tasks:
+        record = done.get(task.tensor.name)
+        if record is None or record.get("state") == state:
+            continue
+        then = TaskRecord.from_json(record)
+        dropped = digest.digest(task.dropped) if task.dropped is not None else None
+        if (digest.digest(task.tensor), dropped) != (then.source, then.dropped):
             raise ResumeError(
                 "the source changed since the run that is to be continued.",
-                where=checkpoint.path,
-                tensor=name,
+                where=plan.checkpoint.path,
+                tensor=task.tensor.name,
                 fix="start afresh with --no-resume.",
             )
 
@@ -274,7 +277,7 @@ def _check_written(
         staged,
         config=plan.checkpoint.config,
         container=plan.target.container,
-        gating=_gating(plan.layout),
+        gating=plan.layout.variant.gating,
         staged=True,
     ) as back:
         back.source.scratch = plan.checkpoint.source.scratch
@@ -328,11 +331,6 @@ def _lossy(plan: Conversion, records: Mapping[str, TaskRecord]) -> list[LossySte
     return [LossyStep(name, counts) for name, counts in sorted(steps.items())]
 
 
-def _gating(layout: Layout) -> str | None:
-    """Orientation of a Flax layout's gating matrices; None for layouts that leave nothing open."""
-    return {True: "fd", False: "df", None: None}[layout.variant.options.get("transposed")]
-
-
 def _manifest(plan: Conversion, records: Mapping[str, TaskRecord]) -> Manifest:
     dropped = 0 if _dropped_values(records) else plan.embedding.get("dropped_rows", 0)
     return Manifest(
@@ -347,7 +345,7 @@ def _manifest(plan: Conversion, records: Mapping[str, TaskRecord]) -> Manifest:
         padding_rows={canonical.EMBED: dropped} if dropped else {},
         notes=tuple(plan.notes),
         config=to_plain(plan.checkpoint.config),
-        gating=_gating(plan.layout),
+        gating=plan.layout.variant.gating,
     )
 
 
@@ -485,7 +483,7 @@ def _inspect(
             "config": {k: _plain(getattr(c.config, k)) for k in c.config.__dataclass_fields__},
             "origin": c.reading.origin,
             "embedding": {"vocab_size": c.config.vocab_size, "source_rows": rows},
-            "gating": _gating(c.layout),
+            "gating": c.layout.variant.gating,
             "gating_origin": c.gating or None,
             "bytes": sum(f.stat().st_size for f in c.source.files),
             "dtypes": dict(Counter(stored_dtype(t) for t in c.source.tensors.values())),

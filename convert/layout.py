@@ -166,6 +166,11 @@ class Variant:
     describe: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def gating(self) -> str | None:
+        """Orientation of Flax gating matrices, ``df`` or ``fd``; None for layouts that leave nothing open."""
+        return {True: "fd", False: "df"}.get(self.options.get("transposed", ""))
+
     def is_ignored(self, name: str) -> bool:
         """Whether a foreign name is known to hold no weights."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)

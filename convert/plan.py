@@ -426,9 +426,8 @@ def plan_hash_inputs(conversion: Conversion, source_identity: Mapping[str, str])
         **{f"config {k}": str(getattr(config, k)) for k in config.__dataclass_fields__},
         "the framework": o.to,
         "--layout": conversion.layout.variant.name,
-        "--gating": {True: "fd", False: "df"}.get(
-            conversion.layout.variant.options.get("transposed", ""), ""
-        ),
+        "--gating (of the source)": conversion.checkpoint.layout.variant.gating or "",
+        "--gating": conversion.layout.variant.gating or "",
         "--dtype": o.dtype,
         "--max-shard-size": str(o.max_shard_size),
         "--drop-padding": "given" if o.drop_padding else "",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats.arena import recycled
-from ..formats.errors import NonFiniteError
+from ..formats.errors import NonFiniteError, ResumeError
 from ..formats.fingerprint import TensorHasher
 from ..formats.manifest import TensorEntry
 from .digest import (
@@ -72,15 +72,25 @@ class TaskRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskRecord:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            _entry(data["source"]),
-            _entry(data["output"]),
-            data["changed"],
-            data["nonfinite"],
-            _entry(data["dropped"]) if data["dropped"] else None,
-            data["rounded"],
-        )
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ResumeError: it is not what :meth:`to_json` gives.
+        """
+        try:
+            return cls(
+                _entry(data["source"]),
+                _entry(data["output"]),
+                int(data["changed"]),
+                int(data["nonfinite"]),
+                _entry(data["dropped"]) if data["dropped"] else None,
+                int(data["rounded"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise ResumeError(
+                "the interrupted run noted a tensor in a way this version does not know.",
+                fix="start afresh with --no-resume.",
+            ) from None
 
 
 def run_task(task: Task, write: Write, progress: Progress = no_progress) -> TaskRecord:
@@ -146,7 +156,8 @@ def _narrows(task: Task, stored: Array) -> bool:
 
 
 def _entry(data: Mapping[str, Any]) -> TensorEntry:
-    return TensorEntry(data["dtype"], tuple(data["shape"]), data["sha256"])
+    shape = tuple(int(n) for n in data["shape"])
+    return TensorEntry(str(data["dtype"]), shape, str(data["sha256"]))
 
 
 def _blocks(task: Task) -> Iterator[tuple[int, int, Array]]:

@@ -21,6 +21,7 @@ from g2kit.convert import convert
 from g2kit.convert.api import convert_checkpoint
 from g2kit.convert.plan import Options
 from g2kit.formats.errors import FileIOError, G2Error, ResumeError, SpaceError
+from g2kit.model.canonical import EMBED_PADDING
 
 EXE = Path(sys.executable).with_name("g2conv")
 KILLS = 30
@@ -75,24 +76,26 @@ def test_killed_at_any_moment(to: str, source: Path, tmp_path: Path) -> None:
     assert tree(source) == before
 
 
-def interrupt(source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch, after: int = 20) -> None:
+def interrupt(
+    source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch, after: int = 20, **options: object
+) -> None:
     """Stop a conversion after some tensors, as Ctrl-C does."""
     from g2kit.convert import stream
 
     done = 0
     real = stream.run_task
 
-    def counted(*args: object, **options: object) -> object:
+    def counted(*args: object, **more: object) -> object:
         nonlocal done
         done += 1
         if done > after:
             raise KeyboardInterrupt
-        return real(*args, **options)  # type: ignore[arg-type]
+        return real(*args, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as m:
         m.setattr(stream, "run_task", counted)
         with pytest.raises(KeyboardInterrupt):
-            convert(source, dst, to="flax")
+            convert(source, dst, **{"to": "flax", **options})  # type: ignore[arg-type]
     assert dst.with_name(dst.name + ".partial").exists()
 
 
@@ -135,6 +138,54 @@ def test_a_source_that_changed_is_noticed_by_its_bytes(
     with pytest.raises(ResumeError, match="source changed"):
         convert(copy, tmp_path / "dst", to="flax")
     convert(copy, tmp_path / "dst", to="flax", resume=False)
+
+
+def test_a_source_replaced_with_its_size_and_time_kept_is_noticed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "src"
+    convert(source, copy, to="safetensors")
+    interrupt(copy, tmp_path / "dst", monkeypatch)
+    weights = copy / "model.safetensors"
+    before = weights.stat()
+    data = bytearray(weights.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    for k in range(8 + header, len(data), 64):
+        data[k] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ResumeError, match=r"model\..*: the source changed.*--no-resume"):
+        convert(copy, tmp_path / "dst", to="flax")
+
+
+def test_padding_rows_that_changed_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are left out, and counted: a continued run must not report those of another file."""
+    config = small("gemma2-2b", layers=8, d=128, f=512, head_dim=32, vocab=2048)
+    weights = random_weights(config, 2, rows=2050)
+    weights[EMBED_PADDING][0, 0] = 1
+    options = {"drop_padding": True, "to": "safetensors"}
+    for k, name in enumerate(("src", "other")):
+        weights[EMBED_PADDING][1, 1] = k
+        convert_checkpoint(checkpoint(config, weights), tmp_path / name, Options("flax"))
+    interrupt(tmp_path / "src", tmp_path / "dst", monkeypatch, **options)
+    (tmp_path / "src").rename(tmp_path / "first")
+    (tmp_path / "other").rename(tmp_path / "src")
+    with pytest.raises(ResumeError, match=r"embed.*: the source changed"):
+        convert(tmp_path / "src", tmp_path / "dst", **options)  # type: ignore[arg-type]
+
+
+def test_another_orientation_of_the_source_does_not_continue_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small("gemma2-2b", layers=8, d=128, f=128, head_dim=32, vocab=2048)
+    src = tmp_path / "src"
+    convert_checkpoint(checkpoint(config, random_weights(config, 1)), src, Options("flax"))
+    interrupt(src, tmp_path / "dst", monkeypatch, to="safetensors", gating="df")
+    with pytest.raises(ResumeError, match=r"--gating .*was df, now fd"):
+        convert(src, tmp_path / "dst", to="safetensors", gating="fd")
+    convert(src, tmp_path / "dst", to="safetensors", gating="df")
 
 
 def test_a_source_that_changes_while_it_is_read(
