@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from .. import __version__
+from ..formats.errors import printable
 from ..formats.sharded import parse_size
-from ..terminal import Meter, dump_json, resumable, run_cli
+from ..terminal import Meter, dump_json, reporting, resumable, run_cli
 from . import api, show
 from .targets import SOURCES, TARGETS
 
@@ -30,7 +32,7 @@ Conversions: g2conv A-to-B SRC DST, with A and B one of {", ".join(FRAMEWORKS)}.
 \b
 Exit codes: 0 done; 1 the written copy differs; 2 wrong usage; 3 bad input; 4 disk, memory or a missing
 package; 5 refused as unsafe; 7 the destination exists, overlaps the source, is locked or belongs to another
-interrupted run; 70 a bug; 130, 143 stopped by a signal.
+interrupted run; 70 a bug; 130, 143 stopped by a signal; 141 nobody reads standard output.
 """
 
 
@@ -104,7 +106,7 @@ def _output_options(f: Callable[..., Any]) -> Callable[..., Any]:
         "--quiet",
         "-q",
         is_flag=True,
-        help="Print no progress, no warnings and no report of success.",
+        help="Print no progress, warnings, notes or report of success; what inspect and fingerprint answer stays.",
     )(f)
 
 
@@ -196,7 +198,8 @@ def _convert(
             src, dst, max_shard_size=size, dry_run=dry_run, progress=meter, **options
         )
     if as_json or not quiet:
-        _print(result, show.plan if dry_run else show.result, as_json)
+        with nullcontext() if dry_run else reporting(dst):
+            _print(result, show.plan if dry_run else show.result, as_json)
     _warn(result, quiet or as_json)
 
 
@@ -208,6 +211,8 @@ def _convert(
 def inspect(path: Path, tensors: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Show format, layout, configuration and its origins, tensors, and anything odd."""
     report = api.inspect(path, **options)
+    if quiet and not as_json:
+        report |= {"warnings": [], "notes": []}
     _print(report, lambda r: show.inspection(r, tensors=tensors), as_json)
 
 
@@ -219,7 +224,7 @@ def fingerprint(path: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print the format-independent fingerprint: equal weights, equal fingerprint."""
     with Meter(quiet=quiet or as_json) as meter:
         report = api.fingerprint_report(path, progress=meter, **options)
-    _print(report, lambda r: f"{r['fingerprint']}  {r['path']}", as_json)
+    _print(report, lambda r: f"{r['fingerprint']}  {printable(r['path'], 5000)}", as_json)
 
 
 @g2conv.command(short_help="Verify an output against its manifest.")
@@ -253,7 +258,8 @@ def sample(
     with Meter(quiet=quiet or as_json) as meter, resumable(directory):
         report = api.sample(directory, to=to, layout=layout, overwrite=overwrite, progress=meter)
     if as_json or not quiet:
-        _print(report, show.result, as_json)
+        with reporting(directory):
+            _print(report, show.result, as_json)
     _warn(report, quiet or as_json)
 
 

@@ -17,20 +17,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .direct import DirectFile
-from .errors import FileIOError, G2Error, SpaceError
+from .errors import FileIOError, G2Error, MemoryLimitError, SpaceError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 _WRITE_MAX = 64 << 20  # per call: keeps short writes cheap and threads interruptible
 
-_SPACE = {
-    errno.ENOSPC: ("the disk is full", "free space, then run the same command again to resume."),
-    errno.EDQUOT: (
-        "the disk quota is exceeded",
-        "free space, then run the same command again to resume.",
+_FREE = "free space, then run the same command again to resume."
+# errno -> error, reason, advice; others are E_IO
+_KNOWN: dict[int, tuple[type[G2Error], str, str]] = {
+    errno.ENOSPC: (SpaceError, "the disk is full", _FREE),
+    errno.EDQUOT: (SpaceError, "the disk quota is exceeded", _FREE),
+    errno.ENOMEM: (
+        MemoryLimitError,
+        "out of memory",
+        "close other programs or raise the limits, then run the same command again to resume.",
     ),
     errno.EFBIG: (
+        SpaceError,
         "the file is larger than the file system or `ulimit -f` allows",
         "write smaller files with --max-shard-size.",
     ),
@@ -157,10 +162,10 @@ def _renameat2(old: Path, new: Path, flag: int) -> bool:
 
 
 def explain(error: OSError, doing: str, where: Path) -> G2Error:
-    """The G2Error for a failed call: no room is E_SPACE, anything else E_IO."""
-    if error.errno in _SPACE:
-        what, fix = _SPACE[error.errno]
-        return SpaceError(f"cannot {doing}: {what}.", where=where, fix=fix)
+    """The G2Error for a failed call: no room is E_SPACE, no memory E_MEMORY, anything else E_IO."""
+    if error.errno in _KNOWN:
+        kind, what, fix = _KNOWN[error.errno]
+        return kind(f"cannot {doing}: {what}.", where=where, fix=fix)
     reason = error.strerror or str(error)
     return FileIOError(f"cannot {doing}: {reason}.", where=where)
 

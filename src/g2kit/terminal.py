@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -10,11 +12,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO, cast
 
 import click
 
@@ -28,6 +30,16 @@ from .formats.errors import (
 )
 
 _BUG = "this is a bug in g2kit; run again with --debug and report the traceback."
+_MORE_MEMORY = (
+    "close other programs, raise the limits (`ulimit -a` lists them) or use a machine with more memory; an "
+    "interrupted conversion resumes."
+)
+# exceptions that mean too little memory: type -> whether this one does
+_NO_MEMORY: dict[type[BaseException], Callable[[Any], bool]] = {
+    MemoryError: lambda e: True,
+    OSError: lambda e: e.errno == errno.ENOMEM,
+    RuntimeError: lambda e: "can't start new thread" in str(e),
+}
 
 
 class Meter:
@@ -95,13 +107,114 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     raise Terminated(signum)
 
 
+class _StdoutError(Exception):
+    """stdout takes no more: nobody reads it (``| head``), or it is full.
+
+    Not an OSError, of which click makes exit code 1 where it is a BrokenPipeError.
+    """
+
+    def __init__(self, reason: OSError) -> None:
+        self.reason = reason
+        self.complete: tuple[str | Path, ...] = ()
+        super().__init__(reason)
+
+    def as_error(self) -> G2Error:
+        """What to say where somebody reads."""
+        listed = ", ".join(printable(str(path)) for path in self.complete)
+        verb = "is" if len(self.complete) == 1 else "are"
+        done = f"{listed} {verb} complete, only " if listed else ""
+        return FileIOError(
+            f"{done}the report could not be printed: {self.reason.strerror or self.reason}.",
+            where="standard output",
+            fix="look at where standard output goes.",
+        )
+
+
+class _Guarded:
+    """A standard stream whose failures are handled here, whoever writes to it."""
+
+    def __init__(self, stream: TextIO, failed: Callable[[OSError], None]) -> None:
+        self._stream, self._failed = stream, failed
+
+    def write(self, text: str) -> int:
+        try:
+            # click asks with "" whether text is taken, and ignores what happens then
+            return 0 if text == "" else self._stream.write(text)
+        except OSError as e:
+            self._give_up(e)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as e:
+            self._give_up(e)
+
+    def _give_up(self, e: OSError) -> None:
+        # Python flushes once more at exit: let the stream swallow what is still in its buffer
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        self._failed(e)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _cannot_print(e: OSError) -> None:
+    raise _StdoutError(e) from e
+
+
+def _cannot_say(e: OSError) -> None:
+    """A message that stderr does not take ends no command."""
+
+
+@contextmanager
+def _usable_streams() -> Iterator[None]:
+    """Standard streams that exist and take any text.
+
+    A closed descriptor (``>&-``) would be given to the next file that is opened, weights among them: all three lead
+    to /dev/null then. Characters that the encoding lacks, such as bytes of a path that are no UTF-8, are escaped.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    before = sys.stdout, sys.stderr
+    with Path(os.devnull).open("w") as nowhere:
+        streams = [stream or nowhere for stream in before]
+        for stream in streams:
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        sys.stdout = cast(TextIO, _Guarded(streams[0], _cannot_print))
+        sys.stderr = cast(TextIO, _Guarded(streams[1], _cannot_say))
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def reporting(*complete: str | Path) -> Iterator[None]:
+    """Around the printing of a report on ``complete``, outputs that are in place: a failure to print says so."""
+    try:
+        yield
+    except _StdoutError as e:
+        e.complete = complete
+        raise
+
+
 def run_cli(group: click.Group, argv: Sequence[str] | None = None) -> int:
     """Run a command group; returns the exit code of the documented table.
 
     A failure is one line on stderr. With ``--json`` anywhere among the arguments it is also one JSON document on
     stdout: ``{"error": {code, message, file, tensor, found, expected, fix}, "exit_code": n}``.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    with _usable_streams():
+        return _run(group, list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(group: click.Group, args: list[str]) -> int:
     options = args[: args.index("--")] if "--" in args else args
     debug, as_json = "--debug" in options, "--json" in options
     # --debug is accepted anywhere, so that it can be added to the end of a failed command
@@ -113,10 +226,9 @@ def run_cli(group: click.Group, argv: Sequence[str] | None = None) -> int:
         status = group.main(args=args, prog_name=group.name, standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0  # click returns what ctx.exit() was given
-    except BrokenPipeError:
-        # the reader of our output went away (`| head`): no message, no traceback at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except _StdoutError as e:
+        gone = isinstance(e.reason, BrokenPipeError)
+        return 128 + signal.SIGPIPE if gone else _fail(e.as_error(), as_json=False)
     except BaseException as e:
         if isinstance(e, SystemExit | GeneratorExit):
             raise
@@ -132,9 +244,8 @@ def _as_error(e: BaseException) -> G2Error:
         return e
     if isinstance(e, click.UsageError):
         return _usage_error(e)
-    if isinstance(e, MemoryError):
-        fix = "close other programs or use a machine with more memory; an interrupted conversion resumes."
-        return MemoryLimitError("out of memory.", fix=fix)
+    if any(isinstance(e, kind) and says(e) for kind, says in _NO_MEMORY.items()):
+        return MemoryLimitError(f"out of memory ({e or type(e).__name__}).", fix=_MORE_MEMORY)
     if isinstance(e, OSError):
         return FileIOError(f"{e.strerror or e}.", where=e.filename and os.fsdecode(e.filename))
     return G2Error(f"{type(e).__name__}: {e}.", fix=_BUG)
@@ -200,7 +311,7 @@ def _fail(e: G2Error, as_json: bool) -> int:
 
 
 def _print_failure(error: Mapping[str, Any], status: int) -> None:
-    with suppress(BrokenPipeError):
+    with suppress(_StdoutError):  # stderr and the exit code tell it too
         click.echo(dump_json({"error": error, "exit_code": status}))
 
 
