@@ -186,4 +186,4 @@ def test_a_side_says_what_it_is() -> None:
     assert said["config_from"] == "config.json"
     assert said["tokenizer"]["pieces"] == 3072
     assert said["parameters"] == 3_936_512
-    assert USE == KINDS["eos_token_id"]
+    assert KINDS["eos_token_id"] == USE

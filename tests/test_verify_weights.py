@@ -164,7 +164,7 @@ def test_parts_are_the_whole(ref: Weights, count: int) -> None:
     one, two = checkpoint(CONFIG, ref), checkpoint(CONFIG, changed(ref, Q0, -ref[Q0]))
     whole = compare_weights(one, two)
     parts = [compare_weights(one, two, part=(i, count)) for i in range(count)]
-    assert sorted((r.name for p in parts for r in p)) == sorted(r.name for r in whole)
+    assert sorted(r.name for p in parts for r in p) == sorted(r.name for r in whole)
     assert {r.name: r for p in parts for r in p} == {r.name: r for r in whole}
     assert [Row.from_json(r.to_json()) for r in whole] == whole
 

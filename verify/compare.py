@@ -16,7 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ..convert.open import Checkpoint
-from ..formats.errors import NonFiniteError
+from ..formats.errors import FormatError, NonFiniteError
 from ..model.config import GemmaConfig
 from .claims import FAIL, Claim
 from .document import build, error_document, sealed, self_test_report
@@ -154,8 +154,13 @@ def merge(parts: Iterable[str | Path]) -> dict[str, Any]:
     Raises:
         UsageError: a shard is missing, twice, or of another comparison.
         FormatError: a file is no part.
+        ChecksumError: a part was changed.
     """
-    return build(join([read_part(Path(p)) for p in parts]))
+    read = [read_part(Path(p)) for p in parts]
+    try:
+        return build(join(read))
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e:
+        raise FormatError(f"a part is malformed ({e!r}).", fix="run its shard again.") from e
 
 
 def record_model(

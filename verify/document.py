@@ -266,7 +266,7 @@ def _blocks(f: Findings) -> dict[str, Any]:
         for e in f.result.blocks
     ]  # fmt: skip
     found: dict[str, Any] = {"layers": layers, "first_divergent": None, "hypotheses": []}
-    if f.floor is None:
+    if f.floor is None or not (f.beyond or first is not None):
         return found
     lossy = any(r.lossy for r in f.rows or ()) or bool(f.part["candidate"]["quantized"])
     guesses = hypotheses(

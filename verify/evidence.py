@@ -61,11 +61,16 @@ class Findings:
         return self.part["reference"]["fingerprint"], self.part["fingerprint"]
 
     @property
+    def beyond(self) -> bool:
+        """Whether logits differ by more than noise."""
+        return self.summary is not None and beyond(self.summary, self.floor)
+
+    @property
     def divergent(self) -> Divergence | None:
-        """The first layer beyond the floor."""
-        if self.result is None or self.floor is None:
+        """The first layer that differs by more than noise; see :func:`first_layer`."""
+        if self.result is None or self.summary is None:
             return None
-        return next(iter(divergent(self.result, self.floor)), None)
+        return first_layer(self.result, self.summary, self.floor)
 
 
 def evidence(f: Findings) -> Evidence:
@@ -179,7 +184,7 @@ def _measured(
         return None
     overall, chosen = summary.overall, documents or summary
     kl, rms = overall.metrics.get("kl"), overall.metrics.get("rms_diff")
-    first = _first(result, floor)
+    first = first_layer(result, summary, floor)
     tv = chosen.overall.metrics.get("tv")
     return Measured(
         documents=overall.documents,
@@ -196,8 +201,28 @@ def _measured(
     )
 
 
-def _first(result: LockstepResult, floor: Floor | None) -> Divergence | None:
-    return None if floor is None else next(iter(divergent(result, floor)), None)
+def beyond(summary: Summary, floor: Floor | None) -> bool:
+    """Whether the largest KL or RMS logit difference is above its threshold."""
+    metrics = summary.overall.metrics
+    if floor is None or not metrics:
+        return False
+    pairs = (("kl", "kl_max"), ("rms_diff", "rms_logit"))
+    limits = [(metrics[m].percentiles["100"], floor.threshold(t)) for m, t in pairs]
+    return any(limit is not None and value > limit for value, limit in limits)
+
+
+def first_layer(result: LockstepResult, summary: Summary, floor: Floor | None) -> Divergence | None:
+    """The first layer that differs by more than noise.
+
+    A block's own error says so by itself. Errors that were carried along, which grow with depth and by chance, only
+    where the logits differ too; then they say from where on.
+    """
+    if floor is None:
+        return None
+    first = next(iter(divergent(result, floor)), None)
+    if first is None or first.isolated or first.error is None or beyond(summary, floor):
+        return first
+    return None
 
 
 def _largest(
@@ -209,12 +234,10 @@ def _largest(
     if floor is None:
         return None, None
     found = []
-    for e in result.errors:
-        alone = e.own is not None
-        error = e.own if alone else e.reached
-        limit = floor.threshold("isolated" if alone else "hidden", e.layer)
-        if error is not None and limit:
-            found.append((error / limit, error, limit))
+    for e in result.blocks:
+        limit = floor.threshold("isolated", e.layer)
+        if e.own is not None and limit:
+            found.append((e.own / limit, e.own, limit))
     return max(found)[1:] if found else (None, None)
 
 
@@ -228,12 +251,15 @@ def phrase(d: Divergence, inside: Inside | None) -> str:
 
 
 def _non_finite(result: LockstepResult, summary: Summary) -> str | None:
+    """Where the first NaN or infinity is, in forward order; None without one."""
     hidden = min(result.non_finite, key=lambda n: (n.layer, n.probe, n.position), default=None)
     if hidden is not None:
-        where = {-1: "the embedding", len(result.blocks): "the final norm"}.get(
-            hidden.layer, f"block {hidden.layer}"
-        )
-        return f"first in the {hidden.side}'s output of {where}, position {hidden.position} of {hidden.probe}"
+        place = (hidden.layer, hidden.probe, hidden.position)
+        sides = {n.side for n in result.non_finite if (n.layer, n.probe, n.position) == place}
+        who = "both sides'" if len(sides) == 2 else f"the {hidden.side}'s"
+        names = {-1: "the embedding", len(result.blocks): "the final norm"}
+        where = names.get(hidden.layer, f"block {hidden.layer}")
+        return f"first in {who} output of {where}, position {hidden.position} of {hidden.probe}"
     if summary.first_non_finite is None:
         return None
     document, position, side = summary.first_non_finite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats import strict_json
-from ..formats.errors import FormatError, UsageError
+from ..formats.errors import ChecksumError, FormatError, UsageError
 from .divergence import Inside
 from .evidence import Findings, documents_of
 from .floor import Floor
@@ -18,11 +19,21 @@ from .measure import SCHEMA, Part, key_of
 from .weights import Row, findings
 
 MAX_BYTES = 1 << 31
+SEAL = "self_sha256"
 
 
 def dumps_part(part: Mapping[str, Any]) -> str:
-    """A part as JSON text; the same measurements give the same bytes."""
-    return json.dumps(part, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+    """A part as JSON text, with its own hash; the same measurements give the same bytes."""
+    return _text({**part, SEAL: _seal(part)}) + "\n"
+
+
+def _text(part: Mapping[str, Any]) -> str:
+    return json.dumps(part, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _seal(part: Mapping[str, Any]) -> str:
+    body = {k: v for k, v in part.items() if k != SEAL}
+    return f"sha256:{hashlib.sha256(_text(body).encode()).hexdigest()}"
 
 
 def read_part(path: Path) -> Part:
@@ -30,6 +41,7 @@ def read_part(path: Path) -> Part:
 
     Raises:
         FormatError: not a part, or of another version.
+        ChecksumError: it was changed after it was written.
         FileIOError: it cannot be read.
     """
     part = strict_json.load_object(path, limit=MAX_BYTES)
@@ -38,6 +50,10 @@ def read_part(path: Path) -> Part:
             f"this is no part of a comparison: schema {part.get('schema')!r}, expected {SCHEMA!r}.",
             where=path,
             fix="give the files that `g2verify compare … --shard i/N --report PART` wrote.",
+        )
+    if part.get(SEAL) != _seal(part):
+        raise ChecksumError(
+            "this part was changed after it was written.", where=path, fix="run that shard again."
         )
     return part
 
