@@ -14,6 +14,7 @@ from ..formats.dtypes import BF16, F16, F32, names
 from ..formats.errors import printable
 from ..model.config import GemmaConfig
 from ..model.config_formats import llama_cpp_query_scalar, size_label, to_gguf
+from ..model.config_gguf import KV_QUERY_SCALAR
 from . import keras_preset
 from .config_passing import unheld_keys
 from .gguf_vocab import TOKENS, gguf_vocab, sentencepiece_from_gguf
@@ -22,7 +23,6 @@ from .sidecar_files import CONFIG, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, T
 from .tokenizer_rebuild import REBUILT as FROM_JSON
 from .tokenizer_rebuild import sentencepiece_from_json
 
-KV_QUERY_SCALAR = "g2kit.query_pre_attn_scalar"
 _FILE_TYPE = {F32: 0, F16: 1, BF16: 32}  # llama.cpp's LLAMA_FTYPE of unquantized files
 
 

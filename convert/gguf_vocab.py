@@ -253,6 +253,7 @@ def sentencepiece_from_gguf(kv: Mapping[str, Any]) -> bytes:
     return data
 
 
+_MAX_SCORE = (2 - 2.0**-23) * 2.0**127  # tokenizer.model holds float32
 _SCORED = (PieceType.NORMAL, PieceType.BYTE, PieceType.UNUSED)
 
 
@@ -282,7 +283,7 @@ def _vocabulary(kv: Mapping[str, Any]) -> tuple[list[str], list[float], list[int
         if not all(isinstance(v, wanted) for v in values):
             raise TokenizerError(f"{key} holds other things than {wanted.__name__}.")
     for i, (text, score, code) in enumerate(zip(tokens, scores, types, strict=True)):
-        if not text or "\0" in text or not math.isfinite(score) or code not in _KINDS:
+        if not text or "\0" in text or not abs(score) <= _MAX_SCORE or code not in _KINDS:
             raise TokenizerError(f"token {i} is {text!r} with score {score} and type {code}.")
     try:
         "".join(tokens).encode()

@@ -45,7 +45,6 @@ from ..model.config_formats import (
 )
 from . import sidecar
 from .detect import Match, best_matches, open_container
-from .extras import KV_QUERY_SCALAR
 from .layout import Layout, Placement, Row, layer_name
 from .steps import STEPS, Step
 
@@ -356,7 +355,8 @@ def resolve_config(
         return config_option(option)
     beside = _beside(source, sidecars)
     if source.format == "gguf":
-        return completed(_from_gguf(source, beside), beside)
+        reading = from_gguf(source.metadata["kv"], source.path, next(iter(beside), None))
+        return completed(reading, beside)
     if source.format == "keras_h5" and "config" in source.metadata:
         return completed(from_keras(source.metadata["config"], source.path), beside)
     return beside[0] if beside else _from_released_shapes(source, fits)
@@ -376,17 +376,6 @@ def _beside(source: Source, sidecars: sidecar.Sidecars) -> list[ConfigReading]:
         if source.format != "gguf" and not found[:at]:
             raise
     return found
-
-
-def _from_gguf(source: Source, beside: list[ConfigReading]) -> ConfigReading:
-    kv = source.metadata["kv"]
-    reading = from_gguf(kv, source.path, next(iter(beside), None))
-    if KV_QUERY_SCALAR in kv:
-        scalar = float(kv[KV_QUERY_SCALAR])
-        origin = reading.origin | {"query_pre_attn_scalar": f"GGUF key {KV_QUERY_SCALAR}"}
-        config = reading.config.with_(query_pre_attn_scalar=scalar)
-        return ConfigReading(config, origin, reading.warnings)
-    return reading
 
 
 def config_option(option: str | Path | GemmaConfig) -> ConfigReading:

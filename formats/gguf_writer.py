@@ -135,7 +135,7 @@ def _floats(values: Sequence[Any], dtype: np.dtype) -> Array:
         raise TypeError(given.dtype)
     with np.errstate(over="ignore"):
         packed = given.astype(dtype)
-    if (np.isinf(packed) & np.isfinite(given)).any():
+    if ((np.isinf(packed) & np.isfinite(given)) | ((packed == 0) & (given != 0))).any():
         raise OverflowError(dtype)
     return packed
 

@@ -6,13 +6,13 @@ official code: the 9B divides queries by sqrt(256), not sqrt(224); the 27B by sq
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..formats.errors import ConfigError
 
 Family = Literal["gemma", "gemma2"]
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal float32
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,11 @@ class GemmaConfig:
                     "attn_logit_softcapping", "final_logit_softcapping", "sliding_window")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be positive and finite, found {value}.")
+            if value is not None and not _SMALLEST <= value <= _LARGEST:
+                raise ConfigError(
+                    f"{name} must be positive and finite (in float32, as every framework computes with it), "
+                    f"found {value}."
+                )
         gemma2_only = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
         if self.family == "gemma":
             for name in gemma2_only:

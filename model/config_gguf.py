@@ -31,6 +31,7 @@ _REGENERATE = (
     "keys out, and the model runs wrongly without them."
 )
 _END_OF_TURN = "<end_of_turn>"
+KV_QUERY_SCALAR = "g2kit.query_pre_attn_scalar"  # where it is not llama.cpp's
 
 
 def llama_cpp_query_scalar(config: GemmaConfig) -> float:
@@ -61,7 +62,7 @@ def from_gguf(
         beside: what a config.json or manifest beside the file says; supplies keys that the file lacks.
 
     Returns:
-        The reading; its query scalar is the one llama.cpp runs the file with.
+        The reading; its query scalar is the one llama.cpp runs the file with, unless g2kit noted the model's own.
 
     Raises:
         ConfigError: another architecture, missing keys (all listed), or a feature Gemma does not
@@ -84,8 +85,11 @@ def from_gguf(
     if keys.missing:
         lacks = ", ".join(keys.missing.values())
         raise keys.error(f"the file's metadata lacks {lacks}.", _REGENERATE)
-    origin = "llama.cpp's rule for this number of layers, there is no key"
-    keys.set("query_pre_attn_scalar", _assumed_scalar(keys.values), origin)
+    if KV_QUERY_SCALAR in kv:
+        _short_real(keys, "query_pre_attn_scalar", KV_QUERY_SCALAR)
+    else:
+        origin = "llama.cpp's rule for this number of layers, there is no key"
+        keys.set("query_pre_attn_scalar", _assumed_scalar(keys.values), origin)
     return keys.reading(fill=False)
 
 
