@@ -44,6 +44,7 @@ from ..model.config_formats import (
     shape_differences,
 )
 from . import sidecar
+from .bits import same_values, unequal
 from .detect import Match, best_matches, open_container
 from .layout import Layout, Placement, Row, layer_name
 from .steps import STEPS, Step
@@ -122,7 +123,7 @@ class LazyTensor:
             return stored.astype(self.dtype, copy=False)
         x = self.step.inverse(stored, self.config, self.dtype)
         again = self.step.forward(x, self.config, stored.dtype)
-        self.rounded += int(np.count_nonzero(again != stored))
+        self.rounded += unequal(again, stored)
         return x
 
     def __repr__(self) -> str:
@@ -335,9 +336,14 @@ def _restore_norm_dtype(tensors: dict[str, LazyTensor]) -> None:
         if t.step is None or t.dtype.itemsize <= model.dtype.itemsize or len(t.shape) != 1:
             continue
         stored = t.source.read(t.placement.index)
-        narrow = t.step.inverse(stored, t.config, model.dtype)
-        if np.array_equal(t.step.forward(narrow, t.config, stored.dtype), stored):
+        if narrows(t.step, stored, t.config, model.dtype):
             t.dtype = model.dtype
+
+
+def narrows(step: Step, stored: Array, config: GemmaConfig, dtype: np.dtype) -> bool:
+    """Whether a norm that is stored wider than the model's ``dtype`` is read in that: no value changes by it."""
+    narrow = step.inverse(stored, config, dtype)
+    return same_values(step.forward(narrow, config, stored.dtype), stored)
 
 
 def resolve_config(

@@ -47,14 +47,18 @@ class Step:
     def forward(self, x: Array, config: GemmaConfig, dtype: np.dtype) -> Array:
         """Canonical values -> stored values in ``dtype``."""
         wide = np.promote_types(F32, dtype) if x.dtype.itemsize > 4 else F32
-        y = x.astype(wide) * wide.type(self.factor(config)) + wide.type(self.offset)
-        return np.asarray(y).astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and overflow are counted and named
+            y = x.astype(wide) * wide.type(self.factor(config))
+            if self.offset:  # -0 + 0 would lose its sign
+                y = y + wide.type(self.offset)
+            return np.asarray(y).astype(dtype)
 
     def inverse(self, x: Array, config: GemmaConfig, dtype: np.dtype) -> Array:
         """Stored values -> canonical values in ``dtype``."""
         wide = x.dtype if x.dtype.itemsize > 4 else F32
-        y = (x.astype(wide) - wide.type(self.offset)) / wide.type(self.factor(config))
-        return np.asarray(y).astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            y = (x.astype(wide) - wide.type(self.offset)) / wide.type(self.factor(config))
+            return np.asarray(y).astype(dtype)
 
 
 STEPS: dict[str, Step] = {

@@ -13,13 +13,16 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from ..formats.arena import recycled
+from ..formats.dtypes import BF16, F16, F32, short
 from ..formats.errors import NonFiniteError, ResumeError
 from ..formats.fingerprint import TensorHasher
 from ..formats.manifest import TensorEntry
+from .bits import bits
 from .digest import (
     WORKERS,
     Progress,
@@ -32,6 +35,7 @@ from .digest import (
     read_ahead,
     run_all,
 )
+from .open import narrows
 from .plan import Task
 
 Array = npt.NDArray[Any]
@@ -136,23 +140,32 @@ def _changed(task: Task, x: Array, bad: int) -> Array:
     y = task.step.forward(x, config, task.dtype) if task.step else _cast(x, task.dtype)
     overflow = count_nonfinite(y) - bad
     if overflow > 0:
-        raise NonFiniteError(
-            f"{overflow} finite weights are too large for {task.dtype} (largest magnitude "
-            f"{float(np.abs(x.astype(np.float64)).max()):.6g}).",
-            where=task.tensor.source.where,
-            tensor=task.tensor.name,
-            fix="use --dtype bf16 or f32.",
-        )
+        raise _too_large(task, x, overflow)
     return y
+
+
+def _too_large(task: Task, x: Array, overflow: int) -> NonFiniteError:
+    largest = float(np.abs(x[np.isfinite(x)].astype(np.float64)).max())
+    stored, how = largest, ""
+    if step := task.step:
+        stored = largest * step.factor(task.tensor.config) + step.offset
+        how = f" once stored as the format has them ({step.describe})"
+    fitting = [d for d in (BF16, F16, F32) if stored <= float(ml_dtypes.finfo(d).max)]
+    return NonFiniteError(
+        f"{overflow} finite weights are too large for {short(task.dtype)}{how} (largest magnitude {largest:.6g}).",
+        where=task.tensor.source.where,
+        tensor=task.tensor.name,
+        fix=f"use --dtype {' or '.join(map(short, fitting))}."
+        if fitting
+        else "no --dtype holds them; convert to a format that stores weights as they are, such as safetensors.",
+    )
 
 
 def _narrows(task: Task, stored: Array) -> bool:
     """Whether the reader will give this norm back in the model's dtype; see ``open``."""
     if task.narrow is None or task.step is None:
         return False
-    config = task.tensor.config
-    back = task.step.inverse(stored, config, task.narrow)
-    return bool(np.array_equal(task.step.forward(back, config, stored.dtype), stored))
+    return narrows(task.step, stored, task.tensor.config, task.narrow)
 
 
 def _entry(data: Mapping[str, Any]) -> TensorEntry:
@@ -188,19 +201,12 @@ def _cast(x: Array, dtype: np.dtype) -> Array:
 
 
 def _differences(before: Array, after: Array) -> int:
-    """Elements whose value is not the same any more."""
-    if np.can_cast(before.dtype, after.dtype) and before.dtype != after.dtype:
-        return int(
-            np.count_nonzero(
-                before.astype(after.dtype).view(_bits(after)) != after.view(_bits(after))
-            )
-        )
-    back = after.astype(before.dtype, copy=False)
-    return int(np.count_nonzero(before.view(_bits(before)) != back.view(_bits(before))))
-
-
-def _bits(x: Array) -> Any:
-    return {2: np.uint16, 4: np.uint32, 8: np.uint64}[x.dtype.itemsize]
+    """Elements whose bits are not the same any more, in the wider of the two dtypes."""
+    if np.can_cast(before.dtype, after.dtype):
+        before = before.astype(after.dtype, copy=False)
+    else:
+        after = after.astype(before.dtype, copy=False)
+    return int(np.count_nonzero(bits(before) != bits(after)))
 
 
 def run_tasks(
