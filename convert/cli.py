@@ -30,9 +30,10 @@ Conversions: g2conv A-to-B SRC DST, with A and B one of {", ".join(FRAMEWORKS)}.
 `g2conv A-to-B --help` lists the options. No download, no upload, no remote code.
 
 \b
-Exit codes: 0 done; 1 the written copy differs; 2 wrong usage; 3 bad input; 4 disk, memory or a missing
-package; 5 refused as unsafe; 7 the destination exists, overlaps the source, is locked or belongs to another
-interrupted run; 70 a bug; 130, 143 stopped by a signal; 141 nobody reads standard output.
+Exit codes: 0 done; 1 the written copy differs, or `--check parity` says FAIL; 2 wrong usage; 3 bad input;
+4 disk, memory or a missing package; 5 refused as unsafe; 6 `--check parity` is INCONCLUSIVE; 7 the destination
+exists, overlaps the source, is locked or belongs to another interrupted run; 70 a bug; 130, 143 stopped by a
+signal; 141 nobody reads standard output.
 """
 
 
@@ -136,10 +137,11 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--check",
-            type=click.Choice(["none", "weights"]),
+            type=click.Choice(["none", "weights", "parity"]),
             default="weights",
             show_default=True,
-            help="Re-open the output and compare every tensor's hash with what was read.",
+            help="Re-open the output and compare every tensor's hash with what was read; parity runs both "
+            "models too, as `g2verify compare` does, once the output is in place (needs torch).",
         ),
         click.option(
             "--drop-padding",
@@ -193,14 +195,44 @@ def _convert(
     **options: Any,
 ) -> None:  # fmt: skip
     size = None if max_shard_size is None else parse_size(max_shard_size)
+    run = options["check"] == "parity"
+    if run:
+        from ..verify.parity import require_runner
+
+        options["check"] = "weights"
+        require_runner()
     with Meter(quiet=quiet or as_json) as meter, resumable(dst):
         result = api.convert(
             src, dst, max_shard_size=size, dry_run=dry_run, progress=meter, **options
         )
+    parity = None
+    if run and not dry_run:
+        parity = _parity(src, dst, options, quiet or as_json)
+        result["parity"] = parity
     if as_json or not quiet:
         with nullcontext() if dry_run else reporting(dst):
-            _print(result, show.plan if dry_run else show.result, as_json)
+            _print(result, show.plan if dry_run else _converted, as_json)
     _warn(result, quiet or as_json)
+    if parity is not None:
+        click.get_current_context().exit(int(parity["exit_code"]))
+
+
+def _parity(src: Path, dst: Path, options: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """The report of running both models; the conversion is complete whatever it says."""
+    from ..verify.parity import check_conversion
+
+    names = ("to", "source", "config", "fix_config", "gating")
+    with Meter(quiet=quiet) as meter:
+        return check_conversion(src, dst, progress=meter, **{n: options[n] for n in names})
+
+
+def _converted(result: dict[str, Any]) -> str:
+    """A conversion, and how the models compare where they were run."""
+    if "parity" not in result:
+        return show.result(result)
+    from ..verify import show as parity
+
+    return f"{show.result(result)}\n{parity.claims(result['parity'])}"
 
 
 @g2conv.command(short_help="Show format, layout, configuration and anything odd.")

@@ -18,15 +18,24 @@ def report(document: Mapping[str, Any]) -> str:
     return "\n".join(_lines(document))
 
 
-def _lines(d: Mapping[str, Any]) -> Iterator[str]:
-    for name, side in d["identity"].items():
-        if side is not None:
-            yield _side(name, side)
+def claims(document: Mapping[str, Any]) -> str:
+    """Claims and verdict only, for commands with a report of their own."""
+    return "\n".join(_judged(document))
+
+
+def _judged(d: Mapping[str, Any]) -> Iterator[str]:
     for claim in d["claims"]:
         yield from _wrapped(f"{_verdict(claim['verdict'])}  {claim['id']}  ", claim["sentence"])
         for missing in claim["missing"]:
             yield from _wrapped(" " * 18 + "missing: ", missing)
     yield from _where(d)
+
+
+def _lines(d: Mapping[str, Any]) -> Iterator[str]:
+    for name, side in d["identity"].items():
+        if side is not None:
+            yield _side(name, side)
+    yield from _judged(d)
     if d["self_test"]:
         yield from _self_test(d["self_test"])
     for text in d["not_verified"][:_LISTED]:
