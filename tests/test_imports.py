@@ -54,7 +54,16 @@ def loaded(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["g2kit", "g2kit.convert", "g2kit.convert.cli", "g2kit.convert.api", "g2kit.model.sample"],
+    [
+        "g2kit",
+        "g2kit.convert",
+        "g2kit.convert.cli",
+        "g2kit.convert.api",
+        "g2kit.model.sample",
+        "g2kit.verify.cli",
+        "g2kit.verify.compare",
+        "g2kit.report",
+    ],
 )
 def test_import_is_light(module: str) -> None:
     assert loaded(f"import {module}") == set()

@@ -430,10 +430,6 @@ def _check_shard_outputs(o: Mapping[str, Any]) -> None:
 def _options(o: Mapping[str, Any]) -> Options:
     names = ("runner", "cand_runner", "dtype", "cand_dtype", "device", "cand_device", "mesh")
     one, two = engines(**{n: o[n] for n in names})
-    if not 1 <= o["k"] <= 1e6:
-        raise UsageError(
-            f"k is {o['k']}, expected at least 1: a threshold below the noise floor means nothing."
-        )
     options = Options(
         o["profile"], one, two, o["text"], o["tokens"], o["budget"], o["k"], o["seed"],
         reference_embedding=o["reference_embedding"], candidate_embedding=o["candidate_embedding"],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ..convert.open import Checkpoint
-from ..formats.errors import FormatError, NonFiniteError
+from ..formats.errors import FormatError, NonFiniteError, UsageError
 from ..model.config import GemmaConfig
 from .claims import FAIL, Claim
 from .document import build, error_document, sealed, self_test_report
@@ -253,12 +253,18 @@ def self_test_document(
     Raises:
         G2Error: the model cannot be opened or run.
     """
+    from .mutants import mutants
     from .self_test import self_test
 
     engine, _ = engines(dtype="float32", device=device)
     options = Options(profile, engine, engine)
     meter = progress or Silent()
     with open_side(model, config, fix_config=fix_config) as side:
+        known = [m.id for m in mutants(side.opened)]
+        if unknown := sorted(set(only) - set(known)):
+            raise UsageError(
+                f"no mistake is called {unknown[0]!r}.", fix=f"use {', '.join(known)}."
+            )
         probes = list(probes_of(side, side, options))
         floor = side_floor(side, options, probes, "float32")
         meter.start(0, "mistakes", "tokens")

@@ -321,9 +321,9 @@ def _worst_row(part: Mapping[str, Any], w: Worst, category: str) -> dict[str, An
 
 
 def _plain(value: Any) -> Any:
-    """Only what JSON can hold; numbers that do not exist are null."""
+    """Only what JSON can hold, keys in order; numbers that do not exist are null."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(value[k]) for k in sorted(value, key=str)}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):

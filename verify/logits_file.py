@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.errors import FormatError, SpaceError, UsageError
+from ..formats.errors import FormatError, NotFoundError, SpaceError, UsageError
 from .runners import Runner
 
 Array = npt.NDArray[Any]
@@ -25,7 +25,10 @@ def read_tokens(path: str | Path) -> Array:
 
     Raises:
         FormatError: not such a file.
+        NotFoundError: there is none.
     """
+    if not Path(path).exists():
+        raise NotFoundError("no such file.", where=path, fix="save token ids with numpy.save.")
     try:
         ids = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..formats.errors import UsageError
+from ..formats.errors import NotFoundError, UsageError
 from .batches import BATCH_TOKENS
+from .claims import budget_of
 from .runners import RUNNERS
 from .side import DEFAULT_RUNNER, Engine
 
@@ -71,6 +72,19 @@ class Options:
     reference_embedding: str | Path | None = None
     candidate_embedding: str | Path | None = None
     shard: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse, before any work, what could only fail after it."""
+        budget_of(16.0, self.budget)
+        if not 1 <= self.k <= 1e6:
+            raise UsageError(
+                f"k is {self.k}, expected at least 1: a threshold below the noise floor means nothing."
+            )
+        for path in (self.text, self.tokens):
+            if isinstance(path, str | Path) and not Path(path).exists():
+                raise NotFoundError(
+                    "no such file.", where=path, fix="name a file to take tokens from."
+                )
 
     @property
     def share(self) -> tuple[int, int]:

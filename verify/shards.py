@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats import strict_json
-from ..formats.errors import ChecksumError, FormatError, UsageError
+from ..formats.errors import ChecksumError, FormatError, NotFoundError, UsageError
 from .divergence import Inside
 from .evidence import Findings, documents_of
 from .floor import Floor
@@ -42,8 +42,10 @@ def read_part(path: Path) -> Part:
     Raises:
         FormatError: not a part, or of another version.
         ChecksumError: it was changed after it was written.
-        FileIOError: it cannot be read.
+        NotFoundError, FileIOError: it cannot be read.
     """
+    if not path.exists():
+        raise NotFoundError("no such file.", where=path, fix="name the parts the shards wrote.")
     part = strict_json.load_object(path, limit=MAX_BYTES)
     if part.get("schema") != SCHEMA:
         raise FormatError(
