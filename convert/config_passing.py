@@ -17,6 +17,7 @@ _UNTRUE = {
     "auto_map": "loads code",
     "quantization_config": "the weights are written unquantized",
     "compression_config": "the weights are written unquantized",
+    "quantization": "the weights are written unquantized",
 }
 # written with a constant, which a source may have otherwise
 _SOURCE_WINS = ("attention_dropout", "initializer_range", "use_cache")

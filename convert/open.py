@@ -247,10 +247,7 @@ def _open(
     gating: str | None,
     fix_config: bool,
 ) -> Checkpoint:
-    if any(name.endswith(".weight_scaler") for name in source.tensors):
-        from ..formats.packed import torch_int8
-
-        source = torch_int8.combine(source)
+    source = _unpacked(path, source)
     fits = best_matches(source)
     sidecars = sidecar.find_sidecars(path, source.format)
     reading = resolve_config(source, fits, config, sidecars)
@@ -273,6 +270,20 @@ def _open(
     return checkpoint
 
 
+def _unpacked(path: Path, source: Source) -> Source:
+    """The source with packed weights as one tensor each; GGUF's are so already."""
+    from ..formats.packed import table, torch_int8
+
+    if any(name.endswith(".weight_scaler") for name in source.tensors):
+        return torch_int8.combine(source)
+    if source.format not in ("safetensors", "torch_pickle") or not table.looks_packed(source):
+        return source
+    config = sidecar.find_sidecars(path, source.format).config or {}
+    if table.quantization_of(config) is None and not table.named_packed(source):
+        return source  # stray integers, which the tables judge
+    return table.combine(source, config)
+
+
 def _state(source: Source, layout: Layout) -> list[str]:
     """What the file holds besides weights and no conversion carries over: optimizer state, steps, derived buffers."""
     ignored = sorted(n for n in source.tensors if layout.variant.is_ignored(n))
@@ -281,13 +292,14 @@ def _state(source: Source, layout: Layout) -> list[str]:
 
 
 def _notes(source: Source, sidecars: sidecar.Sidecars) -> list[str]:
-    """The container's findings; Orbax's lack of checksums is none beside a manifest that has them."""
+    """What was found; Orbax's lack of checksums is nothing beside a manifest that has them."""
+    found = [*source.notes, *sidecars.notes]
     if source.format != "orbax" or not sidecars.manifest_fits:
-        return list(source.notes)
+        return found
     from ..formats.orbax import NO_CHECKSUM
 
     instead = "Orbax stores no checksums, but g2kit's manifest has them: `g2conv check` compares every file."
-    return [instead if note == NO_CHECKSUM else note for note in source.notes]
+    return [instead if note == NO_CHECKSUM else note for note in found]
 
 
 def _oriented(

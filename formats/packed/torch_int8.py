@@ -23,6 +23,8 @@ from ..errors import (
     ShapeError,
 )
 from ..names import listing
+from .compressed_tensors import row_fault, signed
+from .uniform import Grid
 
 KIND = "torch_int8"
 _WEIGHT, _SCALER = ".weight", ".weight_scaler"
@@ -71,6 +73,7 @@ class TorchInt8Weight(QuantizedWeight):
         for a, b in iter_row_blocks(out.shape, 1, _BLOCK):
             codes = self.codes.read((slice(start + a, start + b),))
             np.multiply(codes, scales[a:b, None], out=out[a:b], dtype=np.float32)
+            out[a:b] += np.float32(0)  # -0 is 0, as in every other layout
         return out
 
 
@@ -117,6 +120,27 @@ def combine(source: Source) -> Source:
         )
     tensors = {n: _pair(have, n) if n in codes else t for n, t in have.items() if n not in scalers}
     return dataclasses.replace(source, tensors=tensors)
+
+
+def layout(grid: Grid) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Suffix -> dtype and shape of what a weight is stored as."""
+    n = grid.out_features
+    return {_WEIGHT: (dtypes.I8, (n, grid.in_features)), _SCALER: (dtypes.F32, (n,))}
+
+
+def pack(grid: Grid, codes: Array, scales: Array, zeros: Array | None) -> dict[str, Array]:
+    """Suffix -> array.
+
+    Args:
+        grid: 8 bits, one group per row, symmetric.
+        codes: uint8 ``[out, in]``.
+        scales: float32 ``[out, 1]``.
+        zeros: None.
+    """
+    return {_WEIGHT: signed(codes), _SCALER: scales[:, 0].astype(np.float32)}
+
+
+fault = row_fault
 
 
 def _pair(have: Mapping[str, Tensor], name: str) -> Tensor:
