@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from heapq import nsmallest
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 from ..formats.base import Source
@@ -131,8 +133,8 @@ class Match:
     variant: Variant
     family: Family
     num_layers: int
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
+    missing: frozenset[str]
+    extra: frozenset[str]
 
     @property
     def distance(self) -> int:
@@ -146,8 +148,9 @@ def matches(
     variants: Iterable[Variant] = VARIANTS,
 ) -> list[Match]:
     """Every table of that container, best fit first."""
+    names = _Names(shapes)
     found = [
-        _match(variant, family, shapes)
+        _match(variant, family, names)
         for variant in variants
         if variant.container == source_format
         for family in variant.rules
@@ -237,39 +240,72 @@ _FOREIGN_MARKS: tuple[tuple[str, str], ...] = (
 )
 
 
+_LOOKED_AT = 2000  # names; a foreign model's marks are in every layer
+
+
 def _other_model(names: list[str]) -> str | None:
     for pattern, advice in _FOREIGN_MARKS:
-        if any(re.search(pattern, n) for n in names):
+        if any(re.search(pattern, n[:_LONGEST]) for n in names[:_LOOKED_AT]):
             return advice
     return None
 
 
-def _some(names: Iterable[str], limit: int = 6) -> str:
-    listed = list(names)
-    shown = ", ".join(printable(n, 80) for n in listed[:limit])
-    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"
+def _some(names: Collection[str], limit: int = 6) -> str:
+    """The first few: in the file's order, or of a set in natural order."""
+    ordered = nsmallest(limit, names, key=_natural) if isinstance(names, frozenset) else names
+    shown = ", ".join(printable(n, 80) for n in islice(ordered, limit))
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _match(variant: Variant, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Match:
+_DIGITS = re.compile(r"[0-9]+")
+_LONGEST = 256  # characters; no framework's names come near
+
+
+class _Names:
+    """A file's tensor names, sorted once for all tables: a hostile header has a hundred thousand.
+
+    Attributes:
+        shapes: name -> shape.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self._alike: dict[str, list[str]] = {}  # names that differ in numbers only
+        self._kept: dict[tuple[str, ...], frozenset[str]] = {}
+        for name in shapes:
+            if len(name) <= _LONGEST:
+                self._alike.setdefault(_DIGITS.sub("0", name), []).append(name)
+
+    def like(self, template: str, period: int) -> Iterator[str]:
+        """The names that the template may give for some layer."""
+        forms = {_DIGITS.sub("0", layer_name(template, i, period)) for i in (0, 1)}
+        for form in sorted(forms):
+            yield from self._alike.get(form, ())
+
+    def kept(self, variant: Variant) -> frozenset[str]:
+        """The names that the table does not ignore."""
+        if variant.ignored not in self._kept:
+            ignored = {n for names in self._alike.values() for n in names if variant.is_ignored(n)}
+            self._kept[variant.ignored] = frozenset(self.shapes.keys() - ignored)
+        return self._kept[variant.ignored]
+
+
+def _match(variant: Variant, family: Family, names: _Names) -> Match:
     rules = variant.rules[family]
     period = variant.periods.get(family, 1)
-    layers = _count_layers(rules, period, shapes)
+    layers = _count_layers(rules, period, names)
     expected = {
         layer_name(r.foreign, i, period)
         for r in rules
         for i in (range(layers) if "{i}" in r.canonical[0] else (0,))
     }
-    have = {n for n in shapes if not variant.is_ignored(n)}
+    have = names.kept(variant)
     if variant.name.startswith("huggingface"):
-        have.discard(LM_HEAD)  # compared with the embedding when the weights are read
-    missing = tuple(sorted(expected - have, key=_natural))
-    extra = tuple(sorted(have - expected, key=_natural))
-    return Match(variant, family, layers, missing, extra)
+        have -= {LM_HEAD}  # compared with the embedding when the weights are read
+    return Match(variant, family, layers, frozenset(expected - have), have - expected)
 
 
-def _count_layers(
-    rules: tuple[Rule, ...], period: int, shapes: Mapping[str, tuple[int, ...]]
-) -> int:
+def _count_layers(rules: tuple[Rule, ...], period: int, names: _Names) -> int:
     """Layers the names speak of: the highest index found by any rule, or the stack's size times the period."""
     highest = 0
     for rule in rules:
@@ -277,12 +313,12 @@ def _count_layers(
             continue
         left = rule.axes.split("->")[0].split()
         pattern = _template_pattern(rule.foreign)
-        for name, shape in shapes.items():
+        for name in names.like(rule.foreign, period):
             hit = pattern.fullmatch(name)
             if hit is None:
                 continue
             if "layer" in left:
-                axis = left.index("layer")
+                axis, shape = left.index("layer"), names.shapes[name]
                 highest = max(highest, shape[axis] * period if axis < len(shape) else 0)
                 continue
             at = hit.groupdict()

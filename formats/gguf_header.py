@@ -56,7 +56,7 @@ PLAIN: dict[int, tuple[str, np.dtype]] = {
 # Larger than any real file's by far, and small enough to refuse quickly.
 MAX_HEADER = 64 << 20
 MAX_KV = 1 << 16
-MAX_TENSORS = 100_000
+MAX_TENSORS = 50_000
 MAX_KEY = (1 << 16) - 1
 MAX_NAME = 4 * MAX_TENSOR_NAME  # bytes
 MAX_STRING = 16 << 20

@@ -35,7 +35,7 @@ from .files import InputFile
 from .names import check_tensor_name, listing
 
 MAX_HEADER = 100_000_000  # the official reader's limit
-MAX_TENSORS = 100_000  # Gemma 2 27B has 508
+MAX_TENSORS = 50_000  # Gemma 2 27B has 508
 _MAX_SEPARATORS = 20 * MAX_TENSORS
 _MAX_AXES = 32
 METADATA = "__metadata__"

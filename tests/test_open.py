@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from configs import small
-from memory import checkpoint, random_weights
+from memory import MemoryTensor, checkpoint, random_weights
 
 from g2kit.convert import fingerprint, open_checkpoint
 from g2kit.convert.api import convert_checkpoint
+from g2kit.convert.detect import best_matches
 from g2kit.convert.plan import Options
+from g2kit.formats.base import Source
 from g2kit.formats.errors import (
     ConfigError,
     ExtraTensorError,
     FormatError,
+    InputError,
     MissingTensorError,
     ShapeError,
 )
@@ -273,3 +277,25 @@ def test_gemma1_and_gemma2_norms_are_told_apart(tmp_path: Path) -> None:
             row, _ = c.layout.placements["model.layers.0.post_attention_layernorm.weight"]
         leaf = {"gemma-2b": "pre_ffw_norm", "gemma2-2b": "post_attention_norm"}[arch]
         assert row.name == f"transformer/layer_0/{leaf}/scale"
+
+
+HOSTILE_NAMES = {
+    "numbered": lambda i: f"t{i}",
+    "layers": lambda i: f"model.layers.{i}.input_layernorm.weight",
+    "long": lambda i: f"{i % 7}" + "/x_1." * 150 + f"{i}",
+}
+
+
+@pytest.mark.parametrize("container", ["safetensors", "orbax", "torch_pickle", "gguf", "keras_h5"])
+@pytest.mark.parametrize("kind", HOSTILE_NAMES)
+def test_a_hundred_thousand_unknown_names_cost_little(container: str, kind: str) -> None:
+    name = HOSTILE_NAMES[kind]
+    count = 20_000 if kind == "long" else 100_000
+    tensors = {name(i): MemoryTensor(name(i), np.zeros(1, np.uint8)) for i in range(count)}
+    source = Source(container, Path("hostile"), dict(tensors))
+    began = time.process_time()
+    with pytest.raises(InputError):
+        best_matches(source)
+    assert (
+        time.process_time() - began < 4
+    )  # 10 and more with a regular expression per name and rule
