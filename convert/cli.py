@@ -132,8 +132,8 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--tokenizer",
-            metavar="FILE|DIR",
-            help="The tokenizer.model to put into the output, instead of the one beside the source.",
+            metavar="FILE|DIR|none",
+            help="The tokenizer.model to put into the output, instead of the one beside the source; none leaves it out.",
         ),
         click.option(
             "--check",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 from ..formats import manifest
 from ..formats.base import Slot
 from ..formats.dtypes import BF16, F16, F32, names
-from ..formats.errors import printable
+from ..formats.errors import TokenizerError, printable
 from ..model.config import GemmaConfig
-from ..model.config_formats import llama_cpp_query_scalar, size_label, to_gguf
-from ..model.config_gguf import KV_QUERY_SCALAR
+from ..model.config_formats import size_label, to_gguf
+from ..model.config_gguf import own_keys
 from . import keras_preset
 from .config_passing import unheld_keys
 from .gguf_vocab import TOKENS, gguf_vocab, sentencepiece_from_gguf
@@ -23,6 +24,7 @@ from .sidecar_files import CONFIG, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, T
 from .tokenizer_rebuild import REBUILT as FROM_JSON
 from .tokenizer_rebuild import sentencepiece_from_json
 
+NO_TOKENIZER = "none"  # the value of --tokenizer that leaves it out
 _FILE_TYPE = {F32: 0, F16: 1, BF16: 32}  # llama.cpp's LLAMA_FTYPE of unquantized files
 
 
@@ -43,16 +45,20 @@ def travelling(
         path: the checkpoint.
         source_format: its container.
         kv: GGUF key-values, or empty.
-        tokenizer: ``--tokenizer``.
+        tokenizer: ``--tokenizer``: a path, ``none``, or None.
     """
+    if tokenizer == NO_TOKENIZER:
+        return find_sidecars(path, source_format).without_tokenizer()
     found = find_sidecars(path, source_format, None if tokenizer is None else Path(tokenizer))
     if TOKENS not in kv or tokenizer is not None:
         return found
     if TOKENIZER_MODEL not in found.names and kv.get("tokenizer.ggml.model") == "llama":
-        found = found.with_content(TOKENIZER_MODEL, sentencepiece_from_gguf(kv), REBUILT)
+        with _in_file(path):
+            rebuilt = sentencepiece_from_gguf(kv)
+        found = found.with_content(TOKENIZER_MODEL, rebuilt, REBUILT, origin=path)
     template = kv.get("tokenizer.chat_template")
     if template and found.chat_template is None:
-        found = found.with_content(TEMPLATE, str(template).encode())
+        found = found.with_content(TEMPLATE, str(template).encode(), origin=path)
     return found
 
 
@@ -104,7 +110,8 @@ def with_sentencepiece(target: str, sidecars: Sidecars, notes: list[str]) -> Sid
             f"tokenizer.json cannot be made a SentencePiece vocabulary exactly, so {target} gets no tokenizer: {reason}"
         )
         return sidecars
-    return sidecars.with_content(TOKENIZER_MODEL, made, FROM_JSON)
+    origin = sidecars.where(TOKENIZER_JSON)
+    return sidecars.with_content(TOKENIZER_MODEL, made, FROM_JSON, origin=origin)
 
 
 def without_room(
@@ -144,22 +151,54 @@ def gguf_kv(
     dtype = next(s.dtype for s in slots if len(s.shape) == 2)
     kv = to_gguf(config, f"{config.family} {size_label(config.num_parameters)}", _FILE_TYPE[dtype])
     last = kv.pop()  # llama.cpp's converter ends with general.quantization_version
-    if config.query_pre_attn_scalar != llama_cpp_query_scalar(config):
-        kv.append((KV_QUERY_SCALAR, "f32", config.query_pre_attn_scalar))
     files = huggingface_files(sidecars, config, dtype, build_tokenizer_json=False, notes=notes)
-    if TOKENIZER_MODEL not in files:
+    if TOKENIZER_MODEL in files:
+        vocabulary = _vocabulary(sidecars, files, config, slots)
+    else:
         notes.append("llama.cpp loads no GGUF without a vocabulary")
         # otherwise only the length of the vocabulary says it
-        return [*kv, (f"{config.family}.vocab_size", "u32", config.vocab_size), last]
+        vocabulary = [(f"{config.family}.vocab_size", "u32", config.vocab_size)]
+    own = own_keys(config, [*kv, *vocabulary])
+    notes += _not_llama_cpps(config, own)
+    return [*kv, *own, *vocabulary, last]
+
+
+def _vocabulary(
+    sidecars: Sidecars, files: dict[str, bytes], config: Any, slots: Sequence[Slot]
+) -> list[tuple[str, str, Any]]:
     settings = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     if TEMPLATE in files:
         settings.setdefault("chat_template", files[TEMPLATE].decode())
     rows = next(s.shape[0] for s in slots if s.name == "token_embd.weight")
-    return [*kv, *gguf_vocab(files[TOKENIZER_MODEL], rows, settings, config.family), last]
+    with _in_file(sidecars.where(TOKENIZER_MODEL)):
+        return gguf_vocab(files[TOKENIZER_MODEL], rows, settings, config.family)
+
+
+def _not_llama_cpps(config: GemmaConfig, own: Iterable[tuple[str, str, Any]]) -> list[str]:
+    """Notes on token ids that only g2kit reads back; llama.cpp goes by the tokenizer's special pieces."""
+    ids = [key for key, _, _ in own if key.endswith("_token_id")]
+    if not ids:
+        return []
+    said = ", ".join(
+        f"{k.removeprefix('g2kit.')} {getattr(config, k.removeprefix('g2kit.'))}" for k in ids
+    )
+    return [
+        f"llama.cpp takes its special tokens from the tokenizer, not the configuration's {said}; only g2kit reads "
+        f"{', '.join(ids)}"
+    ]
+
+
+@contextmanager
+def _in_file(path: Path) -> Iterator[None]:
+    """Name the file that a tokenizer's bytes came from where they are refused."""
+    try:
+        yield
+    except TokenizerError as e:
+        e.where = str(path)
+        raise
 
 
 __all__ = [
-    "KV_QUERY_SCALAR",
     "extra_files",
     "gguf_kv",
     "travelling",

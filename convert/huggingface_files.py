@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..formats import strict_json
-from ..formats.errors import TokenizerError
-from ..formats.sentencepiece_model import parse
+from ..formats.errors import TokenizerError, printable
 from ..model.config import END_OF_TURN, GemmaConfig
 from ..model.config_huggingface import one_or_list, to_huggingface
 from . import sidecar_files as names
@@ -77,7 +76,7 @@ def huggingface_files(
     notes = [] if notes is None else notes
     notes += [note for note in sidecars.notes if note not in notes]
     tokenizer = _tokenizer_files(sidecars, config, build_tokenizer_json, notes)
-    source = sidecars.generation_config or {}
+    source = _sound_ids(sidecars.generation_config or {}, config, notes)
     eos = config.eos_token_id + _ids(source.get("eos_token_id"))
     tuned, sign = tuned_for_chat(
         instruction_tuned, eos, tokenizer.end_of_turn, sidecars.chat_template, sidecars.directory
@@ -109,6 +108,24 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(i for i in found if type(i) is int and i >= 0)
 
 
+def _sound_ids(source: dict[str, Any], config: GemmaConfig, notes: list[str]) -> dict[str, Any]:
+    """A generation_config.json without token ids that the model does not have."""
+    out = dict(source)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = source.get(key)
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        sound = [i for i in given if type(i) is int and 0 <= i < config.vocab_size]
+        if bad := [i for i in given if i not in sound]:
+            notes.append(
+                f"left out of generation_config.json: {key} {printable(str(bad[0]), 60)}, which is none of the "
+                f"{config.vocab_size} token ids"
+            )
+            del out[key]
+            if sound:
+                out[key] = sound
+    return out
+
+
 def _generation(
     source: dict[str, Any], config: GemmaConfig, eos: tuple[int, ...], notes: list[str]
 ) -> dict[str, Any]:
@@ -125,7 +142,9 @@ def _tokenizer_files(
     raw, built = sidecars.tokenizer_model, sidecars.read(names.TOKENIZER_JSON)
     if raw is None and built is None:
         notes.append(
-            "there is no tokenizer beside the weights, so the output has none; pass --tokenizer FILE to add it"
+            "the tokenizer is left out (--tokenizer none)"
+            if sidecars.tokenizer_named
+            else "there is no tokenizer beside the weights, so the output has none; pass --tokenizer FILE to add it"
         )
         known = END_OF_TURN if config.vocab_size == RELEASED_TOKENS else None
         return _Tokenizer({}, None, known)
@@ -163,21 +182,16 @@ def _checked(
     raw: bytes, sidecars: Sidecars, config: GemmaConfig, ids: dict[str, int]
 ) -> TokenizerInfo:
     """check_tokenizer, counting the ids that tokenizer.json or tokenizer_config.json add behind the pieces."""
-    where = sidecars.where(names.TOKENIZER_MODEL)
-    try:
-        return check_tokenizer(raw, config, where=where)
-    except TokenizerError:
-        decoder = (sidecars.tokenizer_config or {}).get("added_tokens_decoder")
-        listed = (
-            [int(i) for i in decoder if i.isdecimal() and len(i) < 10]
-            if isinstance(decoder, dict)
-            else []
-        )
-        highest = max([*ids.values(), *listed], default=-1)
-        added = highest + 1 - len(parse(raw, where).pieces)
-        if added <= 0:
-            raise
-        return check_tokenizer(raw, config, where=where, added=added)
+    decoder = (sidecars.tokenizer_config or {}).get("added_tokens_decoder")
+    listed = (
+        [int(i) for i in decoder if i.isdecimal() and len(i) < 10]
+        if isinstance(decoder, dict)
+        else []
+    )
+    highest = max([*ids.values(), *listed], default=-1)
+    return check_tokenizer(
+        raw, config, where=sidecars.where(names.TOKENIZER_MODEL), highest_id=highest
+    )
 
 
 def _tokenizer_fix(sidecars: Sidecars) -> str:

@@ -196,8 +196,10 @@ def _side_files(
     source = checkpoint.source
     kv = source.metadata.get("kv", {}) if source.format == "gguf" else {}
     sidecars = checkpoint.sidecars
-    if kv or options.tokenizer:
+    if kv or options.tokenizer is not None:
+        before = sidecars.notes
         sidecars = travelling(checkpoint.path, source.format, kv, options.tokenizer)
+        notes[:] = [n for n in notes if n not in before or n in sidecars.notes]
     config, unheard = checkpoint.config, list[str]()
     sidecars = with_sentencepiece(target.name, sidecars, notes)
     pairs = gguf_kv(sidecars, config, slots, notes) if target.name == "gguf" else []

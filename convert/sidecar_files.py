@@ -55,7 +55,8 @@ class Sidecars:
         contents: sidecar name -> bytes that take the place of a file (a tokenizer rebuilt from GGUF
             metadata).
         path: the checkpoint itself.
-        tokenizer_named: whether the user chose the tokenizer (``--tokenizer``).
+        tokenizer_named: whether the user chose the tokenizer, or none (``--tokenizer``).
+        origins: sidecar name -> the file that ``contents`` were made from.
     """
 
     directory: Path
@@ -65,6 +66,7 @@ class Sidecars:
     contents: Mapping[str, bytes] = field(default_factory=dict)
     path: Path | None = None
     tokenizer_named: bool = False
+    origins: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -72,8 +74,8 @@ class Sidecars:
         return sorted({*self.files, *self.contents})
 
     def where(self, name: str) -> Path:
-        """Path of a sidecar, for messages."""
-        return self.files.get(name, self.directory / name)
+        """Path of a sidecar, or of the file it was made from, for messages."""
+        return self.origins.get(name) or self.files.get(name, self.directory / name)
 
     def read(self, name: str) -> bytes | None:
         """Content of a sidecar; None when there is none.
@@ -254,9 +256,25 @@ class Sidecars:
             tokenizer_named=True,
         )
 
-    def with_content(self, name: str, data: bytes, *notes: str) -> Sidecars:
-        """The same, but with a sidecar that is no file."""
-        return replace(self, contents={**self.contents, name: data}, notes=(*self.notes, *notes))
+    def without_tokenizer(self) -> Sidecars:
+        """The same, but with nothing of a tokenizer."""
+        return replace(
+            self,
+            files={k: v for k, v in self.files.items() if k not in _TOKENIZER_FILES},
+            contents={k: v for k, v in self.contents.items() if k not in _TOKENIZER_FILES},
+            tokenizer_named=True,
+        )
+
+    def with_content(
+        self, name: str, data: bytes, *notes: str, origin: Path | None = None
+    ) -> Sidecars:
+        """The same, but with a sidecar that is no file: it was made from ``origin``."""
+        return replace(
+            self,
+            contents={**self.contents, name: data},
+            origins={**self.origins, **({name: origin} if origin else {})},
+            notes=(*self.notes, *notes),
+        )
 
 
 def find_sidecars(path: Path, source_format: str, tokenizer: Path | None = None) -> Sidecars:

@@ -11,10 +11,8 @@ from ..formats.sentencepiece_model import PieceType, SentencePieceModel, parse
 from ..model.config import GemmaConfig
 from .chat_template import END, START
 
-PADDING_ROWS = 128  # Google's Flax releases: 256,128 rows for 256,000 pieces
-_ROUNDINGS = (64, 128)  # what fine-tunes round a longer vocabulary up to
 RELEASED_TOKENS = 256_000  # with one row each
-_RIGHT_ONE = "pass the tokenizer.model of this very model with --tokenizer."
+_RIGHT_ONE = "pass the tokenizer.model of this very model with --tokenizer, or leave the tokenizer out with --tokenizer none."
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def check_tokenizer(
     config: GemmaConfig,
     *,
     where: str | Path = "tokenizer.model",
-    added: int = 0,
+    highest_id: int = -1,
 ) -> TokenizerInfo:
     """Read a tokenizer.model and compare it with the model it is to serve.
 
@@ -59,16 +57,17 @@ def check_tokenizer(
         tokenizer_model: the file.
         config: the model.
         where: its path, for messages.
-        added: ids past the file's that another file defines (a fine-tune's added tokens).
+        highest_id: the largest id that another file defines (a fine-tune's added tokens).
 
     Raises:
-        TokenizerError: damaged; another number of pieces than embedding rows, padding aside; ids of
+        TokenizerError: damaged; more pieces than embedding rows, or fewer than a released model has; ids of
             the configuration that mean something else here.
     """
     model = parse(tokenizer_model, where)
     pieces = len(model.pieces)
+    added = max(0, min(highest_id + 1, config.vocab_size) - pieces)
     spare = config.vocab_size - pieces - added
-    if spare and not _is_padding(spare, config.vocab_size):
+    if spare < 0 or (spare and config.vocab_size == RELEASED_TOKENS):
         extra = f" and {added} added tokens" if added else ""
         raise TokenizerError(
             f"the tokenizer has {pieces} pieces{extra}, the model's vocabulary {config.vocab_size}.",
@@ -90,6 +89,11 @@ def check_tokenizer(
             fix=_RIGHT_ONE,
         )
     notes = []
+    if spare:
+        notes.append(
+            f"the embedding has {spare} rows more than the tokenizer has ids ({config.vocab_size} and "
+            f"{pieces + added}); no text leads to them"
+        )
     if eos is not None and eos not in config.eos_token_id:
         notes.append(f"{model.names['eos']} (id {eos}) does not end the model's output: eos_token_id is "
                      f"{list(config.eos_token_id)}")  # fmt: skip
@@ -97,12 +101,6 @@ def check_tokenizer(
         model, pieces, spare, bos, eos, model.special_id("pad"), model.special_id("unk"),
         model.ids.get(START), model.ids.get(END), tuple(notes),
     )  # fmt: skip
-
-
-def _is_padding(spare: int, vocab: int) -> bool:
-    if vocab == RELEASED_TOKENS:
-        return False
-    return spare == PADDING_ROWS or any(0 < spare < n and vocab % n == 0 for n in _ROUNDINGS)
 
 
 def check_tokenizer_json(

@@ -258,6 +258,6 @@ LAST_RESORT = {
     "E_SHAPE": "check that the files and the configuration are of one model.",
     "E_DTYPE": "convert the model's bf16, f16 or f32 checkpoint.",
     "E_CONFIG": "pass the model's configuration with --config PRESET|FILE.",
-    "E_TOKENIZER": "pass this model's tokenizer.model with --tokenizer.",
+    "E_TOKENIZER": "pass this model's tokenizer.model with --tokenizer, or leave it out with --tokenizer none.",
     "E_IO": _SYSTEM,
 }

@@ -6,7 +6,7 @@ unless a key says otherwise) and the query scale, which llama.cpp derives from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -31,7 +31,17 @@ _REGENERATE = (
     "keys out, and the model runs wrongly without them."
 )
 _END_OF_TURN = "<end_of_turn>"
-KV_QUERY_SCALAR = "g2kit.query_pre_attn_scalar"  # where it is not llama.cpp's
+# type of g2kit's own key of a field, written where llama.cpp's keys would give back another value
+_OWN: dict[str, str] = {
+    "query_pre_attn_scalar": "f64",
+    "attn_logit_softcapping": "f64",
+    "final_logit_softcapping": "f64",
+    "rope_theta": "f64",
+    "rms_norm_eps": "f64",
+    "bos_token_id": "u32",
+    "eos_token_id": "[u32]",
+    "pad_token_id": "u32",
+}
 
 
 def llama_cpp_query_scalar(config: GemmaConfig) -> float:
@@ -85,12 +95,38 @@ def from_gguf(
     if keys.missing:
         lacks = ", ".join(keys.missing.values())
         raise keys.error(f"the file's metadata lacks {lacks}.", _REGENERATE)
-    if KV_QUERY_SCALAR in kv:
-        _short_real(keys, "query_pre_attn_scalar", KV_QUERY_SCALAR)
-    else:
-        origin = "llama.cpp's rule for this number of layers, there is no key"
-        keys.set("query_pre_attn_scalar", _assumed_scalar(keys.values), origin)
+    origin = "llama.cpp's rule for this number of layers, there is no key"
+    keys.set("query_pre_attn_scalar", _assumed_scalar(keys.values), origin)
+    for name, kind in _OWN.items():
+        if (key := f"g2kit.{name}") not in kv:
+            continue
+        if kind == "f64":
+            _short_real(keys, name, key)
+        else:
+            keys.token_ids(name, key)
     return keys.reading(fill=False)
+
+
+def own_keys(config: GemmaConfig, kv: Iterable[tuple[str, str, Any]]) -> list[tuple[str, str, Any]]:
+    """g2kit's keys for what llama.cpp's do not give back: other token ids than the tokenizer's, numbers that are no float32.
+
+    Args:
+        config: the model.
+        kv: the file's other metadata, vocabulary included.
+
+    Returns:
+        ``(key, type, value)`` such as ``g2kit.eos_token_id``.
+    """
+    stored = {key: np.float32(value) if kind == "f32" else value for key, kind, value in kv}
+    told = from_gguf(stored).config
+    out: list[tuple[str, str, Any]] = []
+    if told.vocab_size != config.vocab_size:
+        out.append((f"{config.family}.vocab_size", "u32", config.vocab_size))
+    for name, kind in _OWN.items():
+        value = getattr(config, name)
+        if value != getattr(told, name):
+            out.append((f"g2kit.{name}", kind, list(value) if isinstance(value, tuple) else value))
+    return out
 
 
 def _architecture(keys: Keys) -> Family:
@@ -107,11 +143,13 @@ def _architecture(keys: Keys) -> Family:
 
 
 def _short_real(keys: Keys, name: str, key: str) -> None:
-    """A float32 key as the shortest decimal that means the same float32: 1e-06, not 9.99999997e-07."""
+    """A number; a float32 as the shortest decimal that means the same float32: 1e-06, not 9.99999997e-07."""
     keys.real(name, key)
     if name in keys.values:
+        value = keys.values[name]
         with np.errstate(over="ignore"):
-            keys.values[name] = float(str(np.float32(keys.values[name])))
+            narrow = np.float32(value)
+        keys.values[name] = float(str(narrow)) if float(narrow) == value else value
 
 
 def _head_dim(keys: Keys, arch: str) -> None:
@@ -147,7 +185,10 @@ def _vocabulary(keys: Keys, arch: str) -> None:
     real = len(listed)
     while real and listed[real - 1] == f"[PAD{real - 1}]":  # llama.cpp's name of a padding row
         real -= 1
-    if listed:
+    noted = keys.mapping.get(f"{arch}.vocab_size")
+    if listed and isinstance(noted, int) and real <= noted <= len(listed):
+        keys.whole("vocab_size", f"{arch}.vocab_size")  # rows of a fine-tune that have no piece
+    elif listed:
         padding = len(listed) - real
         note = f" ({padding} of {len(listed)} are padding)" if padding else ""
         keys.set("vocab_size", real, f"{keys.label} {name}{note}")

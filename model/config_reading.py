@@ -178,6 +178,7 @@ class Keys:
     def token_ids(self, name: str, *keys: str) -> None:
         """Read one id or a list of ids; null and missing leave the default."""
         key, value = self.raw(*(keys or (name,)))
+        value = getattr(value, "tolist", lambda: value)()  # of GGUF
         ids = value if isinstance(value, list | tuple) else [value]
         if value is MISSING or value is None or not ids:
             return

@@ -99,17 +99,17 @@ def test_gguf_without_vocabulary_can_be_read_again(tmp_path: Path) -> None:
     config = small("gemma2-2b").with_(eos_token_id=(1, 7), bos_token_id=3)
     saved(tmp_path / "g", config, "gguf")
     with open_checkpoint(tmp_path / "g") as c:
-        assert c.config == config  # its own keys, and the ids from config.json
+        assert c.config == config  # llama.cpp's keys, and g2kit's own
         assert c.reading.origin["vocab_size"] == "GGUF key gemma2.vocab_size"
-        assert c.reading.origin["bos_token_id"] == "config.json key bos_token_id"
+        assert c.reading.origin["bos_token_id"] == "GGUF key g2kit.bos_token_id"
     (tmp_path / "g" / "config.json").unlink()
     with open_checkpoint(tmp_path / "g") as c:
         assert c.config == config
-        assert c.reading.origin["bos_token_id"] == f"{MANIFEST} key bos_token_id"
+        assert c.reading.origin["bos_token_id"] == "GGUF key g2kit.bos_token_id"
     saved(tmp_path / "m.gguf", config, "gguf")
     with open_checkpoint(tmp_path / "m.gguf") as c:
         assert c.config == config
-        assert c.reading.origin["bos_token_id"] == f"{MANIFEST} key bos_token_id"
+        assert c.reading.origin["bos_token_id"] == "GGUF key g2kit.bos_token_id"
 
 
 def strip(path: Path, *keys: bytes) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -223,6 +224,11 @@ def _run(group: click.Group, args: list[str]) -> int:
     for s in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(s, _on_signal)
     try:
+        if empty := [a for a in args if not a or re.fullmatch("--[a-z-]+=", a)]:
+            raise UsageError(
+                f"an argument is empty{f' ({empty[0]})' if empty[0] else ''}.",
+                fix="leave it out, or set the shell variable that it came from.",
+            )
         status = group.main(args=args, prog_name=group.name, standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0  # click returns what ctx.exit() was given
