@@ -32,7 +32,7 @@ from .gguf_header import (
     read_header,
 )
 from .gguf_writer import KeyValue, plan
-from .names import listing
+from .names import chosen, inside, listing
 from .packed.ggml_blocks import BlockTensor, GgmlBlocks, block_type, known_types
 
 __all__ = ["KeyValue", "open_source", "plan"]
@@ -55,6 +55,7 @@ def open_source(path: Path) -> Source:
         LayoutError: payloads overlap, leave holes, are unaligned or do not divide into blocks.
         DtypeError: a tensor type that cannot be decoded.
         MissingTensorError: a part of a split set is absent or not the part its name says.
+        UnsafePathError: a file that was not named is a symbolic link out of the directory.
     """
     paths = _parts(_only_model(path) if path.is_dir() else path)
     with ExitStack() as opened:
@@ -110,7 +111,7 @@ def _only_model(directory: Path) -> Path:
             where=directory,
             fix="name the file instead of the directory.",
         )
-    return directory / next(iter(sets.values()))
+    return chosen(directory, next(iter(sets.values())))
 
 
 def _parts(path: Path) -> list[Path]:
@@ -124,8 +125,8 @@ def _parts(path: Path) -> list[Path]:
     paths = [
         path.with_name(f"{part['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)
     ]
-    missing = [p.name for p in paths if not p.exists()]
-    if path.name in missing:
+    missing = [p.name for p in paths if p.name != path.name and inside(p.parent, p.name) is None]
+    if not path.exists():
         raise FileIOError("cannot open: No such file or directory.", where=path)
     if missing:
         raise MissingTensorError(

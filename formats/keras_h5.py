@@ -29,7 +29,7 @@ from .errors import (
 from .hdf5_process import Hdf5Process
 from .hdf5_reader import Hdf5File, open_file, unsupported
 from .hdf5_skeleton import file_plan
-from .names import check_tensor_name, inside, listing
+from .names import check_tensor_name, chosen, inside, listing
 from .sharded import assign_shards
 from .strict_json import load_object, type_name
 
@@ -124,10 +124,7 @@ def _choose(directory: Path) -> Path:
             where=directory,
             fix="pass the file you mean instead of the directory.",
         )
-    chosen = inside(directory, found[0])
-    if chosen is None:
-        raise FileIOError("the link leads nowhere.", where=directory / found[0])
-    return chosen
+    return chosen(directory, found[0])
 
 
 def _open_one(path: Path, files: dict[str, Hdf5File], process: Hdf5Process) -> list[str]:

@@ -17,7 +17,7 @@ from . import strict_json
 from .errors import ChecksumError, FileIOError, FormatError, G2Error, printable
 from .files import InputFile
 from .fingerprint import PREFIX, fingerprint, leaf
-from .names import check_file_name
+from .names import check_file_name, chosen
 from .output_paths import tree
 
 T = TypeVar("T")
@@ -178,7 +178,10 @@ def load(path: Path) -> Manifest:
         FileIOError: not there or not readable.
         FormatError: not a manifest, or written by a newer g2kit.
         ChecksumError: it was changed after it was written.
+        UnsafePathError: inside an output directory, it is a symbolic link out of that.
     """
+    if path.name == NAME:
+        path = chosen(path.parent, NAME)
     return parse(strict_json.load_object(path), path)
 
 
@@ -310,10 +313,14 @@ def check_files(
 
     Raises:
         ChecksumError: lists every missing and different file at once.
+        UnsafePathError: a file is a symbolic link out of the directory.
         FileIOError: a file cannot be read.
     """
     if output.is_dir():
-        present = {name: output / name for name in _listed(output)}
+        present = {
+            name: chosen(output, name) if name in manifest.files else output / name
+            for name in _listed(output)
+        }
     else:
         # one file is told by its bytes, so renaming it changes nothing
         named = next(iter(manifest.files)) if len(manifest.files) == 1 else output.name

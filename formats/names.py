@@ -77,10 +77,7 @@ def check_file_name(name: str, where: str | Path) -> str:
 
 
 def inside(directory: Path, name: str) -> Path | None:
-    """The path of ``name`` in ``directory``, or None when there is nothing there.
-
-    A symbolic link may point into the same directory, or from ``snapshots/<revision>/`` into ``blobs/`` of the same
-    repository in a Hugging Face cache (huggingface_hub, "Understand caching").
+    """The path of ``name``, which comes out of a file, in ``directory``; None when there is nothing there.
 
     Raises:
         UnsafePathError: it is not a plain name, its link leads elsewhere, or its links form a loop.
@@ -88,10 +85,27 @@ def inside(directory: Path, name: str) -> Path | None:
     """
     path = directory / check_file_name(name, directory)
     try:
+        return contained(directory, path)
+    except FileNotFoundError:
+        return None
+
+
+def contained(directory: Path, path: Path) -> Path:
+    """``path``, which lies below ``directory``, if its symbolic links do not lead out of it.
+
+    A link may lead into the same directory, or from ``snapshots/<revision>/`` into ``blobs/`` of the same
+    repository in a Hugging Face cache (huggingface_hub, "Understand caching").
+
+    Raises:
+        UnsafePathError: its link leads elsewhere, or its links form a loop.
+        FileIOError: the operating system refuses to follow the link.
+        FileNotFoundError: nothing is there.
+    """
+    try:
         target = Path(os.path.realpath(path, strict=True))
         home = Path(os.path.realpath(directory, strict=True))
     except FileNotFoundError:
-        return None
+        raise
     except OSError as e:
         if e.errno != errno.ELOOP:
             raise FileIOError(f"cannot follow the link: {e.strerror}.", where=path) from e
@@ -104,5 +118,17 @@ def inside(directory: Path, name: str) -> Path | None:
     raise UnsafePathError(
         f"this symbolic link leads to {printable(str(target))}, outside its directory.",
         where=path,
-        fix="copy the file itself here.",
+        fix="copy the file itself here, or pass the path of the file that is meant.",
     )
+
+
+def chosen(directory: Path, name: str) -> Path:
+    """A file that was found by listing ``directory``, to be opened.
+
+    Raises:
+        UnsafePathError, FileIOError: see :func:`contained`; a link that leads nowhere too.
+    """
+    try:
+        return contained(directory, directory / name)
+    except FileNotFoundError:
+        raise FileIOError("the link leads nowhere.", where=directory / name) from None

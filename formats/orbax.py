@@ -18,7 +18,7 @@ from . import strict_json, zarr_meta
 from .base import Array, Index, Source, Tensor
 from .chunk_pool import ChunkPool, PoolLimits
 from .errors import FileIOError, FormatError, InputError, TruncatedError, printable
-from .names import listing
+from .names import chosen, listing
 from .orbax_locate import (
     CHECKPOINT_METADATA,
     COMMIT,
@@ -142,7 +142,7 @@ def _checkpoint_notes(item: Item) -> list[str]:
     """What ``_CHECKPOINT_METADATA`` has to say, which is little: it is optional and nothing here depends on it."""
     if item.root is None:
         return [f"{CHECKPOINT_METADATA} is missing, which is harmless."]
-    path = item.root / CHECKPOINT_METADATA
+    path = chosen(item.root, CHECKPOINT_METADATA)
     try:
         meta = strict_json.load_object(path, limit=16 << 20)
     except InputError as e:

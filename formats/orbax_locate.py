@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FileIOError, FormatError, LimitError, printable
-from .names import listing
+from .names import contained, listing
 
 TMP_MARK = ".orbax-checkpoint-tmp"
 METADATA, MSGPACK, MANIFEST = "_METADATA", "checkpoint", "manifest.ocdbt"
@@ -50,6 +50,7 @@ def find_item(path: Path) -> Item:
     Raises:
         FormatError: none, several, or only saves that never finished.
         FileIOError: no such directory, or it cannot be listed.
+        UnsafePathError: the one found is a symbolic link out of the directory.
     """
     if not path.exists():
         raise FileIOError("no such file or directory.", where=path)
@@ -145,7 +146,7 @@ class _Search:
                     fix="pass the checkpoint's own directory.",
                 )
             if matches(directory, entries):
-                found.append(directory)
+                found.append(contained(self.top, directory))
                 continue
             if depth < _DEPTH:
                 queue.extend((sub, depth + 1) for sub in entries if self._worth_a_look(sub))

@@ -17,7 +17,7 @@ from . import dtypes, sharded
 from .base import Chunk, ContainerPlan, FilePlan, RowTensor, Slot, Source
 from .errors import FileIOError, FormatError, MissingTensorError, printable
 from .files import InputFile
-from .names import check_tensor_name, listing
+from .names import check_tensor_name, chosen, listing
 from .safetensors_header import METADATA, read_header
 
 _INDEX = ".safetensors.index.json"
@@ -49,14 +49,14 @@ def open_source(path: Path) -> Source:
         DtypeError: an element type g2kit does not move.
         MissingTensorError: no tensors; or see :func:`.sharded.join`.
         ExtraTensorError: see :func:`.sharded.join`.
-        UnsafePathError: the index names a file outside its directory.
+        UnsafePathError: the index names a file outside its directory, or a link leads there.
         FileIOError: not a readable regular file.
     """
     path = Path(path)
     if not path.is_dir():
         return _open_path(path)
     files = _weights(path)
-    source = _open_path(path / _choose(path, files))
+    source = _open_path(chosen(path, _choose(path, files)))
     unread = [f for f in files if f.endswith(".safetensors") and path / f not in source.files]
     if unread:
         source.notes.append(f"not part of the checkpoint that was opened: {listing(unread)}.")

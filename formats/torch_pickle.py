@@ -29,7 +29,7 @@ from .errors import (
     printable,
 )
 from .files import InputFile
-from .names import check_tensor_name, listing
+from .names import check_tensor_name, chosen, listing
 from .torch_globals import Opaque, TensorView
 from .torch_plan import plan
 from .torch_tensor import open_views
@@ -86,13 +86,13 @@ def open_source(path: Path) -> Source:
         DtypeError: an element type g2kit does not move.
         MissingTensorError: no tensors, or one without data; or see :func:`.sharded.join`.
         ExtraTensorError: see :func:`.sharded.join`.
-        UnsafePathError: the index names a file outside its directory.
+        UnsafePathError: the index names a file outside its directory, or a link leads there.
         FileIOError: not a readable regular file.
     """
     path = Path(path)
     if not path.is_dir():
         return _open_path(path)
-    source = _open_path(path / _choose(path))
+    source = _open_path(chosen(path, _choose(path)))
     source.path = path
     return source
 

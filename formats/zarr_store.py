@@ -8,6 +8,7 @@ Source for OCDBT: tensorstore's ``ocdbt`` key-value store driver.
 from __future__ import annotations
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from .errors import FileIOError, FormatError, LimitError, TruncatedError, printable
 from .files import InputFile
-from .names import listing
+from .names import contained, listing
 
 MAX_FILES = 1_000_000
 MAX_METADATA = 1 << 20  # bytes of one array's JSON
@@ -34,6 +35,7 @@ def walk(directory: Path) -> dict[str, os.stat_result]:
     """Every regular file below a directory: ``/``-separated relative name -> its stat. Links to directories are not followed.
 
     Raises:
+        UnsafePathError: a file is a symbolic link out of the directory.
         FileIOError: a directory cannot be listed.
         LimitError: more files than any checkpoint has.
     """
@@ -45,10 +47,13 @@ def walk(directory: Path) -> dict[str, os.stat_result]:
     for top, _, names in os.walk(directory, onerror=refuse):
         inside = Path(top).relative_to(directory)
         for name in names:
+            path = Path(top) / name
             try:
-                found[(inside / name).as_posix()] = (Path(top) / name).stat()
+                if stat.S_ISLNK((status := path.lstat()).st_mode):
+                    status = contained(directory, path).stat()
             except OSError:
                 continue  # a dangling link; if it is a chunk, it is reported as missing
+            found[(inside / name).as_posix()] = status
         if len(found) > MAX_FILES:
             raise LimitError(f"more than {MAX_FILES} files.", where=directory)
     return dict(sorted(found.items()))
