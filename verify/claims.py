@@ -91,6 +91,7 @@ class Measured:
         documents, positions: compared.
         kl_max: largest KL of a position in nats; None without a finite one.
         kl: mean KL of scored documents with its interval.
+        kl_mean: mean KL of all positions.
         rms_max: largest RMS logit difference.
         tv: mean total variation, the share of sampled tokens that change.
         non_finite: where the first NaN or infinity is, as a sentence; None without one.
@@ -103,6 +104,7 @@ class Measured:
     positions: int
     kl_max: float | None
     kl: Interval
+    kl_mean: float | None = None
     rms_max: float | None = None
     tv: float | None = None
     non_finite: str | None = None
@@ -119,11 +121,13 @@ class Limits:
     Attributes:
         kl_max, rms_max: k times, sqrt(k) times the floor; None where no estimator gave one.
         source: in words, such as ``10 x floor (float64 run)``; where there is no floor, why.
+        kl_mean: k times the floor of the mean.
     """
 
     kl_max: float | None
     rms_max: float | None
     source: str
+    kl_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -393,9 +397,12 @@ def _within_floor(
 
 def _proofs(m: Measured, limits: Limits | None) -> list[Proof]:
     source = limits.source if limits else "no floor"
+    if limits is None:
+        limits = Limits(None, None, source)
     proof = [
-        Proof("KL, maximum", m.kl_max, None, limits.kl_max if limits else None, "nats", source),
-        Proof("RMS logit difference, maximum", m.rms_max, None, limits.rms_max if limits else None, "", source),
+        Proof("KL, maximum", m.kl_max, None, limits.kl_max, "nats", source),
+        Proof("KL, mean", m.kl_mean, None, limits.kl_mean, "nats", source),
+        Proof("RMS logit difference, maximum", m.rms_max, None, limits.rms_max, "", source),
     ]  # fmt: skip
     if m.block_error is not None:
         proof.append(

@@ -88,7 +88,7 @@ def evidence(f: Findings) -> Evidence:
         identity=f.identity,
         rows=f.rows,
         fingerprints=f.fingerprints,
-        dtypes=(runner["dtype"], engines[1]["dtype"]),
+        dtypes=(runner["dtype"], "as stored" if part["rounds_inputs"] else engines[1]["dtype"]),
         recorded=recorded,
         quantized=bool(part["candidate"]["quantized"]),
         bits=bits,
@@ -166,7 +166,9 @@ def _limits(floor: Floor | None) -> Limits | None:
         return None
     best = max(floor.estimators, key=lambda e: e.kl_max)
     source = f"{floor.k:g} x floor ({best.name}, {floor.dtype})"
-    return Limits(floor.threshold("kl_max"), floor.threshold("rms_logit"), source)
+    names = ("kl_max", "kl_mean", "rms_logit")
+    largest, mean, rms = (floor.threshold(n) for n in names)
+    return Limits(largest, rms, source, mean)
 
 
 def _summary(result: LockstepResult | None) -> Summary | None:
@@ -191,6 +193,7 @@ def _measured(
         positions=overall.positions,
         kl_max=None if kl is None else kl.percentiles["100"],
         kl=chosen.intervals["kl"],
+        kl_mean=None if kl is None else kl.mean,
         rms_max=None if rms is None else rms.percentiles["100"],
         tv=None if tv is None else tv.mean,
         non_finite=_non_finite(result, summary),
@@ -202,12 +205,13 @@ def _measured(
 
 
 def beyond(summary: Summary, floor: Floor | None) -> bool:
-    """Whether the largest KL or RMS logit difference is above its threshold."""
+    """Whether KL or the largest RMS logit difference is above its threshold."""
     metrics = summary.overall.metrics
     if floor is None or not metrics:
         return False
     pairs = (("kl", "kl_max"), ("rms_diff", "rms_logit"))
     limits = [(metrics[m].percentiles["100"], floor.threshold(t)) for m, t in pairs]
+    limits.append((metrics["kl"].mean, floor.threshold("kl_mean")))
     return any(limit is not None and value > limit for value, limit in limits)
 
 

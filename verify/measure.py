@@ -98,6 +98,7 @@ def _frame(ref: Side, cand: Side, options: Options, identity: Identity, run: boo
         "reference": ref.describe(options.reference if run and ref.checkpoint else None),
         "candidate": cand.describe(options.candidate if run and cand.checkpoint else None),
         "bits": _bits(cand),
+        "rounds_inputs": _rounds_inputs(cand, served),
         "identity": {
             "differences": [d.to_json() for d in identity.differences],
             "fields": identity.fields,
@@ -127,6 +128,15 @@ def _kernel(cand: Side, options: Options) -> Engine | None:
     """The engine that serves packed weights itself, None where none was named."""
     packed = bool(cand.quantized) and options.candidate.runner not in DEQUANTIZING
     return options.candidate if packed else None
+
+
+def _rounds_inputs(side: Side, engine: Engine) -> bool:
+    """Whether the candidate's runner computes in less than its compute type says, because of what is stored."""
+    if engine.runner != "llama_cpp" or side.checkpoint is None:
+        return False
+    from .kernel_floor import is_exact
+
+    return not is_exact(side.checkpoint)
 
 
 def _bits(side: Side) -> float:
@@ -220,6 +230,7 @@ class _Run:
     def _floors(self, result: LockstepResult) -> None:
         """Noise between the two runs; ``own`` is that of the candidate alone, for its checks."""
         self.own: Floor | None = None
+        self.served: Floor | None = None  # of the kernel
         try:
             self._measure_floors(result)
         except UsageError as e:  # no finite position, or no estimator: claims will say so
@@ -237,9 +248,15 @@ class _Run:
         else:
             self._recorded_floors(mine, tiles)
         if self.kernel is not None:
-            # kernels may round activations to 8 bits a block, which bfloat16's 8 bits of mantissa are nearest to
-            floor = self._floor(self.cand, "bfloat16", Engine(), tiles=True, kernel=self.kernel)
-            self.part["kernel_floor"] = floor.to_json()
+            self.served = self._floor(
+                self.cand, self._kernel_dtype(), Engine(), tiles=True, kernel=self.kernel
+            )
+            self.part["kernel_floor"] = self.served.to_json()
+
+    def _kernel_dtype(self) -> str:
+        """llama.cpp's rounding is imitated; of other kernels it is only known that inputs may be bfloat16."""
+        assert self.kernel is not None
+        return "float32" if self.kernel.runner == "llama_cpp" else "bfloat16"
 
     def _recorded_floors(self, mine: str, tiles: bool) -> None:
         recording = self.ref.recording
@@ -258,8 +275,17 @@ class _Run:
     def _floor(
         self, side: Side, dtype: str, engine: Engine, tiles: bool, kernel: Engine | None = None
     ) -> Floor:
+        from .kernel_floor import is_exact, kernel_estimate  # imports torch
+
         served = (kernel or self.engine).runner
-        return side_floor(side, self.options, list(self.probes), dtype, engine, tiles, served)
+        floor = side_floor(side, self.options, list(self.probes), dtype, engine, tiles, served)
+        checkpoint = self.cand.checkpoint
+        if served == "llama_cpp" and checkpoint is not None and not is_exact(checkpoint):
+            extra = kernel_estimate(
+                checkpoint, list(self.probes), batch_tokens=self.options.batch_tokens
+            )
+            floor = replace(floor, estimators=(*floor.estimators, extra))
+        return floor
 
     def _checks(self) -> None:
         """What the candidate must do by itself, and coverage."""
@@ -269,7 +295,7 @@ class _Run:
         found: list[Check] = []
         with self.cand.open_runner(self.kernel or self.engine) as runner:
             used = self._utilisation(runner)
-            found += run_checks(runner, self.probes, self.own, used=used)
+            found += run_checks(runner, self.probes, self.served or self.own, used=used)
         if self.probes.profile != "smoke":
             found += self._pair_checks(used)
         self.part["coverage"] = coverage(self.ref.config, self.probes, found, used)

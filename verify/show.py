@@ -32,7 +32,8 @@ def _judged(d: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _lines(d: Mapping[str, Any]) -> Iterator[str]:
-    for name, side in d["identity"].items():
+    for name in ("reference", "candidate"):
+        side = d["identity"][name]
         if side is not None:
             yield _side(name, side)
     yield from _judged(d)
