@@ -207,7 +207,8 @@ def _convert(
         )
     parity = None
     if run and not dry_run:
-        parity = _parity(src, dst, options, quiet or as_json)
+        with reporting(dst):
+            parity = _parity(src, dst, options, quiet or as_json)
         result["parity"] = parity
     if as_json or not quiet:
         with nullcontext() if dry_run else reporting(dst):

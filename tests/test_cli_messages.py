@@ -451,6 +451,37 @@ def test_stopping_a_conversion_says_where_the_rest_lies(run, tmp_path: Path, mon
     assert run("safetensors-to-torch", src, tmp_path / "o", "-q")[0] == 0
 
 
+# what is interrupted -> what the message says of the staging directory
+AFTER_LANDING = {
+    "g2kit.formats.output_commit.clear": "Run the same command again to clear up",
+    "g2kit.convert.api._result_report": "",
+    "g2kit.convert.show.result": "",
+}
+
+
+@pytest.mark.parametrize("where", AFTER_LANDING)
+@pytest.mark.parametrize("name", ["o", "o.gguf"])
+def test_stopping_after_the_output_is_in_place_says_that_it_is_complete(
+    where: str, name: str, run, tmp_path: Path, monkeypatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    src, dst = save(tmp_path / "src"), tmp_path / name
+    options = ("convert", src, dst, "--to", "gguf", "--overwrite")
+    dst.mkdir() if name == "o" else dst.write_text("the old one")
+    with monkeypatch.context() as m:
+        m.setattr(where, stop)
+        status, _, err = run(*options)
+    assert status == 130
+    again = AFTER_LANDING[where]
+    said = f"stopped: {dst} is complete, only the report was not printed."
+    assert err.strip() == said + (f" {again} {tmp_path / name}.partial." if again else "")
+    assert run(*options)[0] == 0
+    assert run("check", dst)[0] == 0
+    assert not (tmp_path / f"{name}.partial").exists()
+
+
 def test_a_terminated_inspection_is_a_json_document(tmp_path: Path) -> None:
     """SIGTERM while reading from a pipe that never ends cannot happen (pipes are refused), so stop a real one early."""
     fifo = tmp_path / "m.gguf"

@@ -108,6 +108,11 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     raise Terminated(signum)
 
 
+def _are_complete(paths: Sequence[str | Path]) -> str:
+    listed = ", ".join(printable(str(path)) for path in paths)
+    return f"{listed} {'is' if len(paths) == 1 else 'are'} complete"
+
+
 class _StdoutError(Exception):
     """stdout takes no more: nobody reads it (``| head``), or it is full.
 
@@ -121,9 +126,7 @@ class _StdoutError(Exception):
 
     def as_error(self) -> G2Error:
         """What to say where somebody reads."""
-        listed = ", ".join(printable(str(path)) for path in self.complete)
-        verb = "is" if len(self.complete) == 1 else "are"
-        done = f"{listed} {verb} complete, only " if listed else ""
+        done = f"{_are_complete(self.complete)}, only " if self.complete else ""
         return FileIOError(
             f"{done}the report could not be printed: {self.reason.strerror or self.reason}.",
             where="standard output",
@@ -197,11 +200,15 @@ def _usable_streams() -> Iterator[None]:
 
 @contextmanager
 def reporting(*complete: str | Path) -> Iterator[None]:
-    """Around the printing of a report on ``complete``, outputs that are in place: a failure to print says so."""
+    """Around the printing of a report on ``complete``, outputs that are in place: whatever stops it, the message says so."""
     try:
         yield
     except _StdoutError as e:
         e.complete = complete
+        raise
+    except (KeyboardInterrupt, Terminated) as e:
+        if complete:
+            e.add_note(f"{_are_complete(complete)}, {_ONLY}")
         raise
 
 
@@ -276,19 +283,35 @@ def _signal_of(e: BaseException) -> int | None:
 @contextmanager
 def resumable(dst: Path) -> Iterator[None]:
     """Around a command that writes ``dst`` as a transaction: a signal's message says what became of it."""
+    before = _inode(dst)
     try:
         yield
     except (KeyboardInterrupt, Terminated) as e:
         partial = dst.with_name(f"{dst.name}.partial")
-        state, again = "nothing unfinished is left behind.", ""
-        with suppress(OSError):
-            if partial.exists():
-                state = (
-                    f"the destination is unchanged, what is done lies in {printable(str(partial))}."
-                )
-                again = "run the same command again to continue."
-        e.add_note(f"{state}\n{again}")
+        # the output takes its place in one step, at the very end
+        landed, left = _inode(dst) not in (None, before), _inode(partial) is not None
+        e.add_note(_STOPPED_AT[landed, left].format(_are_complete([dst]), printable(str(partial))))
         raise
+
+
+_ONLY = "only the report was not printed."
+# (the output is in its place, the staging directory is there) -> what became of it, what to do
+_STOPPED_AT = {
+    (False, False): "nothing unfinished is left behind.",
+    (False, True): "the destination is unchanged, what is done lies in {1}.\n"
+    "run the same command again to continue.",
+    (True, False): f"{{0}}, {_ONLY}",
+    (True, True): f"{{0}}, {_ONLY}\nrun the same command again to clear up {{1}}.",
+}
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Which file or directory is there; a path that nobody can use is none."""
+    try:
+        st = path.lstat()
+    except (OSError, ValueError):
+        return None
+    return st.st_dev, st.st_ino
 
 
 def _stopped(signum: int, e: BaseException, as_json: bool) -> int:
