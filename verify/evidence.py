@@ -123,9 +123,8 @@ def not_verified(f: Findings) -> list[str]:
     said += [f"{s['group']} was left out: {_sentence(s['why'])}" for s in part["probes"]["skipped"]]
     for r in (part["coverage"] or {}).get("regimes", []):
         if not r["exercised"] and r["name"] not in required(part):
-            said.append(
-                f"Not exercised: {r['name']} ({r['value']} of {r['needed']}; {r['detail']})."
-            )
+            amount = "" if r["value"] is None else f" ({r['value']:g} of {r['needed']:g})"
+            said.append(f"Not exercised: {r['name']}{amount}: {_sentence(r['detail'])}")
     if any(d == "bfloat16" for d in evidence(f).dtypes):
         said.append(
             "In bfloat16, faults smaller than its rounding cannot be seen; float32 shows them."
@@ -155,10 +154,14 @@ def required(part: Mapping[str, Any]) -> tuple[str, ...]:
 def _uncovered(part: Mapping[str, Any]) -> list[str]:
     regimes = (part["coverage"] or {}).get("regimes", [])
     return [
-        f"{r['name']}: {r['value']} where {r['needed']} is needed ({r['detail']})"
+        f"{r['name']}: {_amount(r['value'])} where {r['needed']:g} is needed ({r['detail']})"
         for r in regimes
         if r["name"] in required(part) and not r["exercised"]
     ]
+
+
+def _amount(value: float | None) -> str:
+    return "nothing was measured" if value is None else f"{value:g}"
 
 
 def _limits(floor: Floor | None) -> Limits | None:

@@ -67,7 +67,7 @@ def _scope(d: Mapping[str, Any]) -> str:
 
 def _where(d: Mapping[str, Any]) -> Iterator[str]:
     blocks = d["blocks"]
-    if not blocks:
+    if not blocks or d["verdict"] == "PASS":
         return
     place = blocks["first_divergent"] or blocks.get("outside_blocks")
     if place:
