@@ -25,7 +25,7 @@ from ..convert.plan import Options, Task, dtype_label, plan_conversion
 from ..convert.stream import TaskRecord, run_task
 from ..formats.base import Array, ContainerPlan, Slot, iter_row_blocks
 from ..formats.dtypes import F32
-from ..formats.errors import ParityError, UsageError
+from ..formats.errors import ConflictError, G2Error, ParityError, UsageError
 from ..formats.fingerprint import TensorHasher
 from ..formats.manifest import LossyStep, Manifest, TensorEntry
 from ..formats.names import listing
@@ -287,7 +287,7 @@ class _Export:
         zeros = None if codes.zeros is None else codes.zeros.numpy()
         try:
             return self.packed.pack(grid, codes.codes.numpy(), codes.scales.numpy(), zeros)
-        except UsageError as e:
+        except G2Error as e:
             e.tensor = e.tensor or name
             raise
 
@@ -336,6 +336,7 @@ class _Export:
             source[name] = digest.digest(self.checkpoint.tensors[name])
         if (dropped := records[canonical.EMBED].dropped) is not None:
             source[canonical.EMBED_PADDING] = dropped
+        _require_same_source(self.codes, digest.root(source), self.checkpoint)
         steps: dict[str, dict[str, int]] = {}
         for name, record in packed.items():
             steps.setdefault(f"quantize {self.schemes[name]}", {})[name] = record.changed
@@ -378,6 +379,19 @@ class _Export:
             "files": {n: {"size": f.size, "sha256": f.sha256} for n, f in manifest.files.items()},
             "notes": self.notes,
         }
+
+
+def _require_same_source(codes: Codebook, found: str, checkpoint: Checkpoint) -> None:
+    """Codes that know what they were made from are not put beside other norms and embeddings."""
+    wanted = getattr(codes, "source_fingerprint", None)
+    if wanted is not None and wanted != found:
+        raise ConflictError(
+            "the codes were made from other weights than this checkpoint's.",
+            where=checkpoint.path,
+            fix="pass the checkpoint that was quantized.",
+            found=found,
+            expected=wanted,
+        )
 
 
 def _dequantized(codes: Codes, start: int, stop: int) -> Array:

@@ -55,7 +55,7 @@ def unpack(words: Words, bits: int, count: int) -> Codes:
     """
     rows = words.shape[0]
     stream = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
-    stream = stream.reshape(rows, -1)
+    stream = stream.reshape(rows, 4 * words.shape[1])
     if bits == 8:
         return stream[:, :count].copy()
     if bits in _WHOLE:

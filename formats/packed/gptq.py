@@ -80,10 +80,10 @@ def _without_zero(grid: Grid, codes: Array, zeros: Array) -> tuple[Array, Array]
 
 def _open(prefix: str, parts: Parts, options: Options) -> UniformWeight:
     weight, zeros, scales = parts[WEIGHT], parts[ZEROS], parts[SCALES]
-    version = options.get("checkpoint_format", options.get("format", "gptq"))
+    version = str(options.get("checkpoint_format", options.get("format", "gptq")))
     if version not in _VERSIONS:
         raise FormatError(
-            f"GPTQ files of checkpoint_format {printable(str(version), 60)}; known are {', '.join(_VERSIONS)}.",
+            f"GPTQ files of checkpoint_format {printable(version, 60)}; known are {', '.join(_VERSIONS)}.",
             where=weight.where,
             fix="convert them with GPTQModel, or open the unquantized checkpoint.",
         )

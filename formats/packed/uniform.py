@@ -50,13 +50,14 @@ class Grid:
         """The zero of symmetric codes."""
         return int(2 ** (self.bits - 1))
 
+    @property
+    def label(self) -> str:
+        """Bits and groups in short, such as ``int4 g128``."""
+        groups = "row" if self.groups == 1 else f"g{self.group_size}"
+        return f"int{self.bits} {groups}"
+
     def __str__(self) -> str:
-        return _describe(self.bits, self.group_size, self.in_features, self.symmetric)
-
-
-def _describe(bits: int, group_size: int, in_features: int, symmetric: bool) -> str:
-    groups = "row" if group_size == in_features else f"g{group_size}"
-    return f"int{bits} {groups} {'sym' if symmetric else 'asym'}"
+        return f"{self.label} {'sym' if self.symmetric else 'asym'}"
 
 
 class UniformWeight(QuantizedWeight):
@@ -110,9 +111,6 @@ class UniformWeight(QuantizedWeight):
         """Size and scheme."""
         out, columns = self.shape
         return Grid(out, columns, self.code_bits, self.group_size, self.zeros is None)
-
-    def __str__(self) -> str:
-        return str(self.grid)
 
     def dequantize(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows ``start:stop`` as float32, shape ``(stop - start, in_features)``.
@@ -216,7 +214,8 @@ class UniformTensor(Tensor):
     """A uniform weight under its plain name, as float32."""
 
     def __init__(self, name: str, weight: UniformWeight) -> None:
-        stored = f"{weight.kind} {weight}"
+        # without symmetry: some layouts store zeros though all are the middle
+        stored = f"{weight.kind} {weight.grid.label}"
         super().__init__(name, F32, weight.shape, weight.codes.where, stored, weight)
         self._weight = weight
 
