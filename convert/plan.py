@@ -101,6 +101,7 @@ class Conversion:
         single_file: name of the one output file, or None for a directory.
         embedding: rows of the embedding in source and output, and what was dropped or added.
         notes: findings for the report and manifest.
+        kv: GGUF key-values, empty for other targets.
     """
 
     checkpoint: Checkpoint
@@ -114,6 +115,7 @@ class Conversion:
     single_file: str | None
     embedding: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    kv: list[tuple[str, str, Any]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +161,7 @@ def plan_conversion(checkpoint: Checkpoint, dst: Path, options: Options) -> Conv
     files = target.plan(request)
     notes += _oversized(files, slots, options.max_shard_size)
     return Conversion(
-        checkpoint, target, layout, options, slots, files, tasks, extra, single, embedding, notes
+        checkpoint, target, layout, options, slots, files, tasks, extra, single, embedding, notes, kv
     )
 
 

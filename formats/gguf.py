@@ -31,11 +31,11 @@ from .gguf_header import (
     align,
     read_header,
 )
-from .gguf_writer import KeyValue, plan
+from .gguf_writer import BlockSlot, KeyValue, plan
 from .names import chosen, inside, listing
 from .packed.ggml_blocks import BlockTensor, GgmlBlocks, block_type, known_types
 
-__all__ = ["KeyValue", "open_source", "plan"]
+__all__ = ["BlockSlot", "KeyValue", "open_source", "plan"]
 
 _SUFFIX = ".gguf"
 _PART = re.compile(r"(?P<stem>.+)-(?P<no>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")

@@ -1,6 +1,6 @@
 """Lays out a GGUF version 3 file to the byte, as gguf-py's GGUFWriter would write it.
 
-Plain types only: quantized files are written by copying blocks, which no caller needs yet.
+Quantized tensors are slots of native blocks (:class:`BlockSlot`): the writer gets bytes and never encodes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,38 @@ from .gguf_header import (
 KeyValue = tuple[str, str, Any]
 _NAME_MAX = 63  # ggml's GGML_MAX_NAME counts the final NUL
 _CODES = {name: code for code, (name, _) in SCALARS.items()} | {"str": STRING}
+_U8 = np.dtype(np.uint8)
 _TENSOR_CODES = {dtype: code for code, (_, dtype) in PLAIN.items()}
+
+
+@dataclass(frozen=True)
+class BlockSlot(Slot):
+    """A quantized tensor: the payload is uint8 ``[rows, row_bytes]``, the file's shape ``[rows, weights]``.
+
+    Attributes:
+        code: ggml's number of the block type.
+        weights: per block.
+        block_bytes: per block.
+    """
+
+    code: int = 0
+    weights: int = 0
+    block_bytes: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in weights.
+
+        Raises:
+            ShapeError: rows are not whole blocks of bytes.
+        """
+        *rows, row_bytes = self.shape or (0,)
+        if self.dtype != _U8 or not rows or self.block_bytes < 1 or row_bytes % self.block_bytes:
+            raise ShapeError(
+                f"a payload of {self.dtype} {list(self.shape)} is not rows of blocks of {self.block_bytes} bytes.",
+                tensor=self.name,
+            )
+        return (*rows, row_bytes // self.block_bytes * self.weights)
 
 
 def plan(
@@ -40,7 +72,8 @@ def plan(
     """One GGUF file: header and offsets now, payloads later.
 
     Args:
-        slots: tensors in file order, row-major shapes; float32, float16, bfloat16, float64 or signed integers.
+        slots: tensors in file order, row-major shapes; float32, float16, bfloat16, float64 or signed integers;
+            :class:`BlockSlot` for quantized ones.
         kv: ``(key, type, value)`` in file order; types ``u8`` … ``i64``, ``f32``, ``f64``, ``bool``, ``str``, and in
             brackets (``[str]``) for arrays. ``general.alignment`` sets the alignment; 32 without it.
         file_name: the file's name.
@@ -48,7 +81,7 @@ def plan(
     Raises:
         FormatError: a value does not fit its type, or a key or name is doubled or too long.
         DtypeError: GGUF has no such element type.
-        ShapeError: more than four axes.
+        ShapeError: more than four axes, or a payload that is not whole blocks.
     """
     given = {key: (value, type_name) for key, type_name, value in kv}
     alignment = checked_alignment(*given.get(ALIGNMENT_KEY, (ALIGNMENT, "u32")), file_name)
@@ -157,17 +190,18 @@ def _printed(values: Sequence[Any]) -> str:
 
 
 def _tensor_info(slot: Slot, offset: int) -> bytes:
-    code = _TENSOR_CODES.get(np.dtype(slot.dtype))
+    shape = slot.stored_shape if isinstance(slot, BlockSlot) else slot.shape
+    code = slot.code if isinstance(slot, BlockSlot) else _TENSOR_CODES.get(np.dtype(slot.dtype))
     if code is None:
         known = ", ".join(names(dtype).short for dtype in _TENSOR_CODES)
         raise DtypeError(f"GGUF cannot hold {slot.dtype}; it can hold {known}.", tensor=slot.name)
-    if len(slot.shape) > MAX_DIMS:
-        raise ShapeError(f"{len(slot.shape)} axes; GGUF has {MAX_DIMS} at most.", tensor=slot.name)
+    if len(shape) > MAX_DIMS:
+        raise ShapeError(f"{len(shape)} axes; GGUF has {MAX_DIMS} at most.", tensor=slot.name)
     name = _string(slot.name, slot.name)
     if not 0 < len(name) - 8 <= _NAME_MAX:
         raise FormatError(
             f"the name has {len(name) - 8} bytes; llama.cpp reads 1 to {_NAME_MAX}.",
             tensor=slot.name,
         )
-    ne = tuple(reversed(slot.shape))
+    ne = tuple(reversed(shape))
     return name + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, code, offset)

@@ -1,9 +1,9 @@
-"""Rounding that knows the inputs: codes that keep ``tr(E H E^T)`` small, ``E`` the weights' error, ``H`` the inputs' second moments.
+"""Rounding that knows the inputs: codes that keep ``tr(E H E^T)`` small, ``E`` the weights' error, ``H`` the inputs' moments.
 
-GPTQ (arXiv 2210.17323) in its LDLQ form (arXiv 2307.13304, section 3): with ``H = U U^T``, U upper triangular and its columns divided by
-their diagonal, column k is rounded to the nearest of ``w_k + sum_{j<k} e_j U_jk``. The same codes as with the inverse's Cholesky factor, for one
-factorization and no inverse. Afterwards two steps that never raise the loss alternate: columns are rounded again with
-all others fixed (coordinate descent), and scales are refitted to their codes.
+GPTQ (arXiv 2210.17323) in its LDLQ form (arXiv 2307.13304, section 3): with ``H = U U^T``, U upper triangular and its
+columns divided by their diagonal, column k is rounded to the nearest of ``w_k + sum_{j<k} e_j U_jk``. The same codes as
+with the inverse's Cholesky factor, for one factorization and no inverse. Afterwards two steps that never raise the loss
+alternate: columns are rounded again with all others fixed (coordinate descent), and scales are refitted to their codes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .columns import descend_columns, ldlq_columns
 from .grid import quantize_to, search_grid
 from .scheme import Codes, Scheme, on_grid
 
 DAMP_LADDER = (0.01, 0.02, 0.05, 0.10)
-BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Factor:
     dtype: torch.dtype
 
 
-def factor(hessian: Tensor, *, act_order: bool = True, ladder: tuple[float, ...] = DAMP_LADDER) -> Factor | None:
+def factor(
+    hessian: Tensor, *, act_order: bool = True, ladder: tuple[float, ...] = DAMP_LADDER
+) -> Factor | None:
     """Factor ``H`` with the least damping of the ladder that works, in float32, then in float64.
 
     Args:
@@ -67,37 +69,43 @@ def factor(hessian: Tensor, *, act_order: bool = True, ladder: tuple[float, ...]
     return None
 
 
+class UniformGrid:
+    """The values of uniform groups, for :mod:`.columns`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        scales: Tensor,
+        zeros: Tensor | None,
+        scheme: Scheme,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.width = scheme.width(in_features)
+        self.top = scheme.levels - 1
+        self.scales = scales.t().to(dtype).contiguous()
+        whole = torch.full_like(self.scales, scheme.middle)
+        self.zeros = whole if zeros is None else zeros.t().to(dtype).contiguous()
+
+    def nearest(self, column: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`.columns.Grid`."""
+        group = column // self.width
+        s, z = self.scales[group], self.zeros[group]
+        q = torch.round(target / s + z).clamp_(0, self.top)
+        return q, (q - z) * s
+
+
 def ldlq(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, f: Factor) -> Codes:
     """Round every column knowing the errors of those before it.
 
     Args:
         weight: float32 ``[out_features, in_features]``.
-        scales, zeros: the grid, fixed before (static groups, so that any order needs no g_idx).
+        scales: the grid, fixed before (static groups, so that any order needs no g_idx).
+        zeros: its zeros, or None.
         scheme: how codes are read.
         f: the factored Hessian.
     """
-    n, order = weight.shape[1], f.order
-    width = scheme.width(n)
-    w = weight[:, order].to(f.dtype)
-    unit = f.unit
-    group = order // width
-    s = scales.to(f.dtype)[:, group]
-    z = torch.full_like(s, scheme.middle) if zeros is None else zeros.to(f.dtype)[:, group]
-    error, codes = torch.zeros_like(w), torch.empty_like(w)
-    top = scheme.levels - 1
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        target = w[:, start:stop] + error[:, :start] @ unit[:start, start:stop]
-        for k in range(start, stop):
-            t = target[:, k - start]
-            if k > start:
-                t = t + error[:, start:k] @ unit[start:k, k]
-            q = torch.round(t / s[:, k] + z[:, k]).clamp_(0, top)
-            codes[:, k] = q
-            error[:, k] = w[:, k] - (q - z[:, k]) * s[:, k]
-    placed = torch.empty(weight.shape, dtype=torch.uint8)
-    placed[:, order] = codes.to(torch.uint8)
-    return Codes(scheme, placed, scales, zeros)
+    codes = ldlq_columns(weight, UniformGrid(weight.shape[1], scales, zeros, scheme, f.dtype), f)
+    return Codes(scheme, codes, scales, zeros)
 
 
 def loss(weight: Tensor, codes: Codes, hessian: Tensor) -> Tensor:
@@ -107,7 +115,13 @@ def loss(weight: Tensor, codes: Codes, hessian: Tensor) -> Tensor:
 
 
 def refine(
-    weight: Tensor, codes: Codes, hessian: Tensor, *, rounds: int = 3, sweeps: int = 2, linear: Tensor | None = None
+    weight: Tensor,
+    codes: Codes,
+    hessian: Tensor,
+    *,
+    rounds: int = 3,
+    sweeps: int = 2,
+    linear: Tensor | None = None,
 ) -> Codes:
     """Alternate scales refitted to the codes, and codes rounded again one column at a time.
 
@@ -141,9 +155,14 @@ def _loss(weight: Tensor, codes: Codes, hessian: Tensor, linear: Tensor | None) 
 def choose(rows: Tensor, yes: Codes, no: Codes) -> Codes:
     """Row by row the one or the other."""
     pick = rows[:, None]
-    zeros = None if yes.zeros is None or no.zeros is None else torch.where(pick, yes.zeros, no.zeros)
+    zeros = (
+        None if yes.zeros is None or no.zeros is None else torch.where(pick, yes.zeros, no.zeros)
+    )
     return replace(
-        no, codes=torch.where(pick, yes.codes, no.codes), scales=torch.where(pick, yes.scales, no.scales), zeros=zeros
+        no,
+        codes=torch.where(pick, yes.codes, no.codes),
+        scales=torch.where(pick, yes.scales, no.scales),
+        zeros=zeros,
     )
 
 
@@ -169,39 +188,14 @@ def refit(weight: Tensor, codes: Codes, hessian: Tensor, linear: Tensor | None =
     return codes.with_scales(torch.where(bad, old, fitted))
 
 
-def descend(weight: Tensor, codes: Codes, hessian: Tensor, sweeps: int, linear: Tensor | None = None) -> Codes:
+def descend(
+    weight: Tensor, codes: Codes, hessian: Tensor, sweeps: int, linear: Tensor | None = None
+) -> Codes:
     """Round each column again with all others as they are; never raises the loss (QuantEase, arXiv 2309.01885)."""
-    n = weight.shape[1]
-    scheme = codes.scheme
-    width = scheme.width(n)
-    group = torch.arange(n) // width
-    s = codes.scales[:, group]
-    z = torch.full_like(s, scheme.middle) if codes.zeros is None else codes.zeros.float()[:, group]
-    q = codes.codes.float()
-    e = weight - (q - z) * s
-    diagonal = hessian.diagonal().clamp_min(1e-20)
-    for _ in range(sweeps):
-        changed = False
-        for start in range(0, n, BLOCK):
-            stop = min(start + BLOCK, n)
-            block = hessian[start:stop, start:stop]
-            g = e @ hessian[:, start:stop]
-            if linear is not None:
-                g = g + linear[:, start:stop]
-            for k in range(start, stop):
-                j = k - start
-                # the loss is quadratic in e_k with slope g_k: the best error is e_k - g_k / H_kk
-                best = weight[:, k] - (e[:, k] - g[:, j] / diagonal[k])
-                new = torch.round(best / s[:, k] + z[:, k]).clamp_(0, scheme.levels - 1)
-                moved = (q[:, k] - new) * s[:, k]  # change of the error
-                if bool(moved.any()):
-                    changed = True
-                    q[:, k] = new
-                    e[:, k] += moved
-                    g[:, j:] += moved[:, None] * block[j, j:]
-        if not changed:
-            break
-    return replace(codes, codes=q.to(torch.uint8))
+    grid = UniformGrid(weight.shape[1], codes.scales, codes.zeros, codes.scheme)
+    return replace(
+        codes, codes=descend_columns(weight, grid, codes.dequantize(), hessian, sweeps, linear)
+    )
 
 
 def gptq(
@@ -214,7 +208,8 @@ def gptq(
         hessian: ``[in_features, in_features]``, second moments of the inputs.
         scheme: what to quantize to.
         f: ``factor(hessian)``.
-        rounds, sweeps: of :func:`refine`; 0 rounds for none.
+        rounds: of :func:`refine`; 0 for none.
+        sweeps: of :func:`refine`.
     """
     scales, zeros = search_grid(weight, scheme, hessian.diagonal())
     codes = ldlq(weight, scales, zeros, scheme, f)
