@@ -108,6 +108,17 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     raise Terminated(signum)
 
 
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the command, as Ctrl-C does; the caller's handlers come back afterwards."""
+    before = {s: signal.signal(s, _on_signal) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler if handler is not None else signal.SIG_DFL)
+
+
 def _are_complete(paths: Sequence[str | Path]) -> str:
     listed = ", ".join(printable(str(path)) for path in paths)
     return f"{listed} {'is' if len(paths) == 1 else 'are'} complete"
@@ -218,7 +229,7 @@ def run_cli(group: click.Group, argv: Sequence[str] | None = None) -> int:
     A failure is one line on stderr. With ``--json`` anywhere among the arguments it is also one JSON document on
     stdout: ``{"error": {code, message, file, tensor, found, expected, fix}, "exit_code": n}``.
     """
-    with _usable_streams():
+    with _usable_streams(), _signals_raise():
         return _run(group, list(sys.argv[1:] if argv is None else argv))
 
 
@@ -228,8 +239,6 @@ def _run(group: click.Group, args: list[str]) -> int:
     # --debug is accepted anywhere, so that it can be added to the end of a failed command
     args = [a for a in options if a != "--debug"] + args[len(options) :]
     group.no_args_is_help = False  # help is no error message
-    for s in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(s, _on_signal)
     try:
         if empty := [a for a in args if not a or re.fullmatch("--[a-z-]+=", a)]:
             raise UsageError(
