@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,14 +20,20 @@ from ..formats import strict_json
 from ..formats.errors import EXIT_FAIL, FormatError, G2Error, UsageError
 from ..terminal import Meter, dump_json, reporting, run_cli
 from . import show
+from .command_options import (
+    PROFILES,
+    config_options,
+    engine_options,
+    file,
+    path,
+    probe_options,
+    report_options,
+)  # fmt: skip
 from .document import dumps, error_document, sealed
 from .machine import peak_rss
 from .options import Options, engines, parse_shard
 from .outputs import Outputs
-from .runners import RUNNERS
 
-PROFILES = ("smoke", "ci", "full")
-DTYPES = ("float32", "bfloat16", "float64")
 # option -> how the file is made from a document
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "report": dumps,
@@ -47,7 +53,6 @@ Exit codes: 0 PASS; 1 FAIL; 2 wrong usage; 3 ERROR, bad input; 4 disk, memory or
 5 refused as unsafe; 6 INCONCLUSIVE, the evidence does not decide; 70 a bug;
 141 nobody reads standard output.
 """
-Command = Callable[..., Any]
 
 
 @click.group(
@@ -60,92 +65,15 @@ def g2verify(debug: bool) -> None:
     """Run two Gemma checkpoints, in any formats and by any runners, and say whether they are the same model."""
 
 
-# ---------------------------------------------------------------- options shared by commands
-
-
-def _apply(f: Command, options: Sequence[Callable[[Any], Any]]) -> Command:
-    for option in reversed(options):
-        f = option(f)
-    return f
-
-
-def _file(name: str, text: str) -> Callable[[Command], Command]:
-    return click.option(f"--{name}", metavar="FILE", type=click.Path(path_type=Path), help=text)
-
-
-def _report_options(f: Command) -> Command:
-    return _apply(f, [
-        click.option("--json", "as_json", is_flag=True, help="Print the one JSON document to stdout."),
-        _file("report", "Write the JSON document (with --shard: the part)."),
-        _file("html", "Write one self-contained HTML page."),
-        _file("junit", "Write JUnit XML: a test case per claim and check."),
-        _file("markdown", "Write a summary of at most 40 lines."),
-        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-    ])  # fmt: skip
-
-
-def _config_options(two: bool) -> Callable[[Command], Command]:
-    def add(f: Command) -> Command:
-        options: list[Callable[[Any], Any]] = [
-            click.option("--config", metavar="PRESET|FILE",
-                         help="The configuration, for checkpoints that carry none; wins over what they say."),
-            click.option("--fix-config", is_flag=True,
-                         help="Correct values known to be wrong in published files."),
-        ]  # fmt: skip
-        if two:
-            options += [
-                click.option("--ref-config", metavar="PRESET|FILE", help="The same for the reference only."),
-                click.option("--cand-config", metavar="PRESET|FILE", help="The same for the candidate only."),
-            ]  # fmt: skip
-        return _apply(f, options)
-
-    return add
-
-
-def _engine_options(two: bool) -> Callable[[Command], Command]:
-    def add(f: Command) -> Command:
-        both = " of both sides" if two else ""
-        options: list[Callable[[Any], Any]] = [
-            click.option("--runner", type=click.Choice(list(RUNNERS)), help=f"Implementation{both}; default torch."),
-            click.option("--dtype", type=click.Choice(DTYPES), help=f"Compute type{both}; default float32."),
-            click.option("--device", metavar="NAME", help=f"Device{both}: cpu, cuda, cuda:1, tpu, …"),
-            click.option("--mesh", metavar="data=N,model=M", help="Devices of the jax runner."),
-        ]  # fmt: skip
-        if two:
-            options += [
-                click.option("--cand-runner", type=click.Choice(list(RUNNERS)), help="Implementation of the candidate."),
-                click.option("--cand-dtype", type=click.Choice(DTYPES), help="Compute type of the candidate."),
-                click.option("--cand-device", metavar="NAME", help="Device of the candidate."),
-            ]  # fmt: skip
-        return _apply(f, options)
-
-    return add
-
-
-def _probe_options(f: Command) -> Command:
-    return _apply(f, [
-        click.option("--profile", type=click.Choice(PROFILES), default="ci", show_default=True, help="How much to run."),
-        click.option("--text", metavar="FILE", type=click.Path(path_type=Path),
-                     help="UTF-8 text whose pieces replace the built-in documents."),
-        click.option("--tokens", metavar="FILE.npy", type=click.Path(path_type=Path),
-                     help="Token ids, [n] or [documents, n], that replace them."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of pseudo-random token ids."),
-    ])  # fmt: skip
-
-
-def _path(name: str) -> Callable[[Command], Command]:
-    return click.argument(name, type=click.Path(path_type=Path))
-
-
 # ---------------------------------------------------------------- commands
 
 
 @g2verify.command(short_help="Run two models and judge how far apart they are.")
-@_path("ref")
-@_path("cand")
-@_engine_options(two=True)
-@_config_options(two=True)
-@_probe_options
+@path("ref")
+@path("cand")
+@engine_options(two=True)
+@config_options(two=True)
+@probe_options
 @click.option(
     "--budget", type=float, metavar="KL", help="Mean KL in nats that changed weights may cost (Q1)."
 )
@@ -162,7 +90,7 @@ def _path(name: str) -> Callable[[Command], Command]:
               help="The same where CAND is a recording too.")  # fmt: skip
 @click.option("--shard", metavar="i/N", help="Do this share only; write the part with --report.")
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
-@_report_options
+@report_options
 def compare(ref: Path, cand: Path, **o: Any) -> None:
     """Run REF and CAND over the same tokens, block by block, and judge how far apart they are.
 
@@ -186,10 +114,10 @@ def compare(ref: Path, cand: Path, **o: Any) -> None:
 
 
 @g2verify.command(short_help="Compare weights and configuration only.")
-@_path("ref")
-@_path("cand")
-@_config_options(two=True)
-@_report_options
+@path("ref")
+@path("cand")
+@config_options(two=True)
+@report_options
 def weights(ref: Path, cand: Path, **o: Any) -> None:
     """Compare the weights (bit for bit, or within the bounds of their formats) and configuration of REF and CAND."""
     with _work("weights", o, (ref, cand)) as work:
@@ -200,11 +128,11 @@ def weights(ref: Path, cand: Path, **o: Any) -> None:
 
 
 @g2verify.command(short_help="Keep a run, to compare with on another machine.")
-@_path("model")
-@_path("out")
-@_engine_options(two=False)
-@_config_options(two=False)
-@_probe_options
+@path("model")
+@path("out")
+@engine_options(two=False)
+@config_options(two=False)
+@probe_options
 @click.option(
     "--with-embedding",
     is_flag=True,
@@ -241,7 +169,7 @@ def record(model: Path, out: Path, **o: Any) -> None:
 
 @g2verify.command(short_help="Put the parts of all shards together.")
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_report_options
+@report_options
 def merge(parts: tuple[Path, ...], **o: Any) -> None:
     """Put the parts that `compare --shard i/N --report PART` wrote together: one report, the same for any N."""
     with _work("compare", o, parts) as work:
@@ -251,8 +179,8 @@ def merge(parts: tuple[Path, ...], **o: Any) -> None:
 
 
 @g2verify.command("self-test", short_help="Make known mistakes in a model; see which are noticed.")
-@_path("model")
-@_config_options(two=False)
+@path("model")
+@config_options(two=False)
 @click.option("--device", metavar="NAME", help="torch's name of the device.")
 @click.option(
     "--profile",
@@ -262,7 +190,7 @@ def merge(parts: tuple[Path, ...], **o: Any) -> None:
     help="Probes to choose from.",
 )
 @click.option("--only", metavar="IDS", help="Comma-separated ids of mistakes; default all.")
-@_report_options
+@report_options
 def self_test(model: Path, **o: Any) -> None:
     """Make every known mistake in MODEL, one at a time, and print which claims noticed it and where."""
     with _work("self-test", o, (model,)) as work:
@@ -280,13 +208,13 @@ def self_test(model: Path, **o: Any) -> None:
 
 
 @g2verify.command(short_help="Write a model's logits to a .npy file.")
-@_path("model")
+@path("model")
 @click.option("--tokens", metavar="FILE.npy", required=True, type=click.Path(path_type=Path),
               help="Token ids, [n] or [batch, n].")  # fmt: skip
 @click.option("--out", metavar="FILE.npy", required=True, type=click.Path(path_type=Path),
               help="Written: float32 [batch, n, vocabulary].")  # fmt: skip
-@_engine_options(two=False)
-@_config_options(two=False)
+@engine_options(two=False)
+@config_options(two=False)
 @click.option("--json", "as_json", is_flag=True, help="Print shape and place as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
@@ -312,10 +240,10 @@ def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
 @g2verify.command("report", short_help="Make HTML, JUnit or Markdown from a JSON report.")
 @click.argument("document", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the document.")
-@_file("html", "Write one self-contained HTML page.")
-@_file("junit", "Write JUnit XML.")
-@_file("markdown", "Write a summary of at most 40 lines.")
-@_file("model-card", "Write a fragment for a model card.")
+@file("html", "Write one self-contained HTML page.")
+@file("junit", "Write JUnit XML.")
+@file("markdown", "Write a summary of at most 40 lines.")
+@file("model-card", "Write a fragment for a model card.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def render(document: Path, **o: Any) -> None:
     """Render DOCUMENT, a report.json, again. The exit code is 0 whatever its verdict."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,78 +25,29 @@ from ..convert.open import Checkpoint, LazyTensor
 from ..formats.base import iter_row_blocks
 from ..formats.dtypes import short
 from ..formats.errors import NonFiniteError
-from ..formats.fingerprint import TensorHasher, fingerprint, leaf
+from ..formats.fingerprint import TensorHasher, leaf
 from ..formats.manifest import TensorEntry
 from ..model import canonical
+from .ledger import (
+    EQUAL,
+    LOSSLESS,
+    NARROWED,
+    NO_LEAF,
+    QUANTIZED,
+    STEP,
+    WIDENED,
+    Row,
+    findings,
+    fingerprints,
+)  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[int, str], None]
 
-EQUAL, WIDENED, NARROWED, STEP, QUANTIZED = "equal", "widened", "narrowed", "step", "quantized"
-LOSSLESS = (EQUAL, WIDENED)
 HALF_STEP, ROW_STEPS = 0.5, 1.0
 _SLACK = 1e-3  # of a step: a format's own float32 arithmetic is rounded before the number is
 BLOCK_BYTES = 4 << 20  # of a tensor at a time; where bits differ, a dozen times that in float64
 MANTISSA = {"bf16": (7, -126), "f16": (10, -14), "f32": (23, -126), "f64": (52, -1022)}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of the ledger.
-
-    Attributes:
-        name: canonical name.
-        shape: canonical shape.
-        reference_dtype, candidate_dtype: g2kit's short names, or the packed type's; None where the side lacks it.
-        rule: ``equal``, ``widened``, ``narrowed``, ``step`` or ``quantized``.
-        verdict: ``PASS`` or ``FAIL``.
-        equal, different: elements with the same, another value.
-        hash, reference_hash: sha256 of the canonical bytes of the candidate, the reference.
-        leaf, reference_leaf: what the fingerprints are made of.
-        sqnr_db: signal to error, None where nothing differs.
-        relative_error: RMS error over RMS of the reference, None where nothing differs.
-        max_steps: largest error in units of ``bound``'s step.
-        bound: the rule in words.
-        note: what else is to be said.
-        nonfinite: NaN and infinite elements of the candidate.
-        reference_nonfinite: those of the reference.
-        zero_rows: rows of a matrix that are all zero in the candidate.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    reference_dtype: str | None
-    candidate_dtype: str | None
-    rule: str
-    verdict: str
-    equal: int
-    different: int
-    hash: str | None = None
-    reference_hash: str | None = None
-    leaf: str | None = None
-    reference_leaf: str | None = None
-    sqnr_db: float | None = None
-    relative_error: float | None = None
-    max_steps: float | None = None
-    bound: str = "equal bits"
-    note: str = ""
-    nonfinite: int = 0
-    reference_nonfinite: int = 0
-    zero_rows: int = 0
-
-    @property
-    def lossy(self) -> bool:
-        """Whether the mapping changed values as it was meant to, so that W2 and not W1 judges it."""
-        return self.rule not in LOSSLESS and (self.different > 0 or self.verdict != "PASS")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "shape": list(self.shape)}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Row:
-        """Inverse of :meth:`to_json`."""
-        return Row(**{**data, "shape": tuple(data["shape"])})
 
 
 def compare_weights(
@@ -129,20 +80,6 @@ def compare_weights(
 
     rows = run_all({n: job(n) for n in names[part[0] :: part[1]]})
     return list(rows.values())
-
-
-def fingerprints(rows: list[Row]) -> tuple[str | None, str | None]:
-    """Fingerprints of reference and candidate; None where a tensor could not be hashed."""
-    sides: list[str | None] = []
-    for side in ("reference_leaf", "leaf"):
-        dtype = "reference_dtype" if side == "reference_leaf" else "candidate_dtype"
-        there = [r for r in rows if getattr(r, dtype) is not None]
-        found = {r.name: getattr(r, side) for r in there if getattr(r, side) != _NO_LEAF}
-        sides.append(None if None in found.values() else fingerprint(found))
-    return sides[0], sides[1]
-
-
-_NO_LEAF = "zero padding"  # rows past the vocabulary that carry nothing
 
 
 def compare_tensor(ref: LazyTensor, cand: LazyTensor, progress: Progress) -> Row:
@@ -393,7 +330,7 @@ def quantization_step(tensor: LazyTensor, reference: Array) -> Array:
     )
     if not tensor.streams_rows or width % group:
         group = width
-    levels = 2 ** max(1, int(packed.bits)) - 1
+    levels = 2 ** max(1, int(getattr(packed, "code_bits", packed.bits))) - 1
     groups = np.abs(reference).reshape(-1, width // group, group)
     return np.asarray(2 * groups.max(-1, keepdims=True) / levels)
 
@@ -442,7 +379,7 @@ def _leaf(tensor: LazyTensor, digest: str) -> str:
     """The tensor's leaf; rows past the vocabulary that are all zero carry nothing and have none."""
     entry = TensorEntry(short(tensor.dtype), tensor.shape, digest)
     if tensor.name == canonical.EMBED_PADDING and is_zero(entry):
-        return _NO_LEAF
+        return NO_LEAF
     return leaf(tensor.name, entry.dtype, entry.shape, digest)
 
 
@@ -495,30 +432,7 @@ def _other_shape(ref: LazyTensor, cand: LazyTensor) -> Row:
     )  # fmt: skip
 
 
-def findings(rows: list[Row]) -> list[Row]:
-    """The rows with notes that need all of them: tensors that hold another one's content, copies, zero rows."""
-    theirs, ours = (
-        _names_by([(r.reference_hash, r) for r in rows]),
-        _names_by([(r.hash, r) for r in rows]),
-    )
-    out = []
-    for r in rows:
-        notes = [r.note] if r.note else []
-        elsewhere = [n for n in theirs.get(r.hash or "", []) if n != r.name]
-        if r.verdict == "FAIL" and elsewhere:
-            notes.append(f"holds what the reference has as {elsewhere[0]}")
-        twins = [n for n in ours.get(r.hash or "", []) if n != r.name]
-        if twins and not set(twins) <= set(theirs.get(r.reference_hash or "", [])):
-            notes.append(f"the same bits as {twins[0]}")
-        if r.zero_rows:
-            notes.append(f"{r.zero_rows} rows are all zero")
-        out.append(replace(r, note="; ".join(notes)))
-    return out
-
-
-def _names_by(pairs: list[tuple[str | None, Row]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for digest, row in pairs:
-        if digest is not None:
-            found.setdefault(digest, []).append(row.name)
-    return found
+__all__ = [
+    "EQUAL", "LOSSLESS", "NARROWED", "QUANTIZED", "STEP", "WIDENED", "Row", "compare_tensor",
+    "compare_weights", "findings", "fingerprints", "quantization_step",
+]  # fmt: skip
