@@ -148,7 +148,6 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             if name + _COUNTS not in source.tensors:
                 raise MissingTensorError("its count is missing.", where=path, tensor=full)
             sums, count = (source.tensors[name + s].read() for s in (_SUMS, _COUNTS))
-            # zero counts: never used, all columns alike, as llama-quantize takes them
             if count.size != 1 or sums.size != sums.shape[-1]:
                 raise FormatError(
                     "entries of several experts; Gemma has none.", where=path, tensor=full
@@ -157,7 +156,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             if not 0 <= n < 2**53:
                 raise FormatError(f"its count is {n:g}.", where=path, tensor=full)
             flat = sums.reshape(-1).astype(np.float32)
-            means[name] = (flat / np.float32(n)) if n else np.ones_like(flat)
+            means[name] = _mean(flat, n)
             counts[name] = round(n)
         size = kv.get("imatrix.chunk_size", 0)
         return ImportanceMatrix(
@@ -168,6 +167,12 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         )
     finally:
         source.close()
+
+
+def _mean(sums: Floats, count: float) -> Floats:
+    """Sums over their count; never used columns weigh all alike, as llama-quantize takes them."""
+    with np.errstate(all="ignore"):  # what is not finite is refused by name later
+        return sums / np.float32(count) if count else np.ones_like(sums)
 
 
 class _Cursor:
@@ -211,7 +216,7 @@ def _read_dat(file: InputFile) -> ImportanceMatrix:
         calls = at.count("the number of chunks", 0, 2**31 - 1)
         size = at.count("the number of values", 1, file.size // 4)
         values = np.frombuffer(at.take(4 * size, "values"), "<f4").astype(np.float32)
-        means[name] = values / np.float32(calls) if calls else np.ones_like(values)
+        means[name] = _mean(values, calls)
         counts[name] = calls
     datasets: tuple[str, ...] = ()
     if file.size - at.at >= 8:

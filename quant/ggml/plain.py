@@ -26,13 +26,14 @@ def _q8_0(w: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _q4_0(w: Tensor) -> tuple[Tensor, Tensor, None]:
-    # the first of equally large weights decides, with its sign
-    d = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0] / -8
+    # the first of equally large weights decides, with its sign; zeros have none
+    largest = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0]
+    d = torch.where(largest == 0, torch.zeros_like(largest), largest) / -8
     return torch.trunc(w * _inverse(d)[..., None] + 8.5).clamp_(0, 15), d, None
 
 
 def _q4_1(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    low = w.amin(-1)
+    low = w.gather(-1, w.argmin(-1, keepdim=True))[..., 0]  # of two zeros the first, with its sign
     d = (w.amax(-1) - low) / 15
     return torch.trunc((w - low[..., None]) * _inverse(d)[..., None] + 0.5).clamp_(0, 15), d, low
 
