@@ -232,6 +232,7 @@ _FOREIGN_MARKS: tuple[tuple[str, str], ...] = (
         r"vision_|SigLiP|mm_",
         "this looks like a multimodal model; g2kit handles Gemma 1 and 2 text models.",
     ),
+    (r"_proj\.weight\.codes", "these are codes without a model: write one with `g2quant export`."),
     (r"SimulateQuantized|qweight|weight_packed", "open the unquantized checkpoint."),
     (
         r"(^|/)(x_[ab]|rg_lru|recurrent)",

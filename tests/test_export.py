@@ -132,6 +132,35 @@ def test_formats_convert_into_each_other_without_quantizing(sample, dense, tmp_p
         assert (tmp_path / "b3" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
+@pytest.mark.parametrize("to", ["flax", "gguf", "keras"])
+def test_the_source_may_be_of_any_format(to, sample, best, tmp_path):
+    """Transposed storage, norms plus one: what is written is what Hugging Face's files give."""
+    export(best, sample, tmp_path / "want")
+    convert(sample_dir(), tmp_path / to, to=to)
+    with open_checkpoint(tmp_path / to) as other:
+        report = export(best, other, tmp_path / "got")
+    assert report["source_fingerprint"] == fingerprint(sample_dir())
+    weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("got", "want")]
+    assert weights[0] == weights[1]
+
+
+def test_a_quantized_source_needs_a_dtype_for_what_stays_dense(sample, best, dense, tmp_path):
+    embedding = torch.from_numpy(sample.tensors[canonical.EMBED].read().astype(np.float32))
+    codes = plain(dense | {canonical.EMBED: embedding}, Scheme(8, 64))
+    export(codes, sample, tmp_path / "q", "mlx")
+    with open_checkpoint(tmp_path / "q") as source:
+        with pytest.raises(LossyError, match="1 tensors are quantized"):
+            export(best, source, tmp_path / "x")
+        export(best, source, tmp_path / "y", dtype="bf16")
+    manifest = json.loads((tmp_path / "y" / "g2kit.manifest.json").read_text())
+    assert "to bfloat16" in {s["name"] for s in manifest["lossy"]}
+    with open_checkpoint(tmp_path / "y") as back:
+        want = codes[canonical.EMBED].dequantize().to(torch.bfloat16)
+        assert np.array_equal(
+            back.tensors[canonical.EMBED].read().astype(np.float32), want.float().numpy()
+        )
+
+
 def test_converting_dequantizes_and_says_so(sample, best, tmp_path):
     export(best, sample, tmp_path / "q", "gptq")
     with pytest.raises(LossyError, match=r"28 tensors are quantized \(gptq int4 g128\)"):
@@ -366,6 +395,12 @@ def test_codes_file(sample, dense, tmp_path):
         a = export(read, sample, tmp_path / "a")
     b = export(everything, sample, tmp_path / "b")
     assert a["files"] == b["files"]
+
+
+def test_codes_are_no_checkpoint(sample, best, tmp_path):
+    write_codes(tmp_path / "c", best, sample)
+    with pytest.raises(G2Error, match="g2quant export"):
+        open_checkpoint(tmp_path / "c")
 
 
 def test_codes_of_other_weights_are_not_exported(sample, best, tmp_path):

@@ -204,13 +204,26 @@ def test_read_from_a_file_by_rows(name, tmp_path, monkeypatch):
     file.close()
 
 
-def test_only_two_matrices_stay_in_memory():
+def test_only_two_matrices_stay_in_memory(monkeypatch):
+    monkeypatch.setattr(views, "_SMALL", 0)
     made = case(Grid(32, 32, 4, 32, True), 0)
     many = {k: v for i in range(5) for k, v in packed("gptq", made, f"x{i}").items()}
     combined = combine(source(many), config_for("gptq", made[0]))
     for tensor in combined.tensors.values():
         assert np.array_equal(tensor.read(), expected(made))
-    assert len(views.Columns._kept) == 2
+    assert len(views.Columns._kept[False]) == 2
+    reads = 0
+
+    class Counting(InMemory):
+        def read(self, index=()):
+            nonlocal reads
+            reads += 1
+            return super().read(index)
+
+    one = views.Columns(Counting("x", np.arange(12, dtype=np.int32).reshape(3, 4)))
+    assert one.read(1, 3).tolist() == [[1, 5, 9], [2, 6, 10]]
+    assert one.read(0, 1).tolist() == [[0, 4, 8]]
+    assert reads == 1
 
 
 # ---------------------------------------------------------------- layouts against their descriptions

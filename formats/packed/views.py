@@ -15,7 +15,11 @@ import numpy as np
 
 from ..base import Array, Index, Tensor, leading_rows
 
-_KEPT = 2  # one per thread that reads tensors
+_SMALL = 4 << 20  # bytes; scales and zeros are smaller
+_KEPT = {
+    False: 2,
+    True: 16,
+}  # whether small -> matrices kept: one per thread that reads tensors, and its small ones
 
 
 class RowView(Tensor):
@@ -53,14 +57,16 @@ class Columns:
     """Columns of a stored matrix as rows. Thread-safe.
 
     A row-major file gives columns only with everything between them, so the whole matrix is read and kept transposed;
-    the two matrices used last stay in memory.
+    the two matrices used last stay in memory, and some small ones.
 
     Args:
         tensor: ``[n, columns]``.
     """
 
     _lock = threading.Lock()
-    _kept: ClassVar[OrderedDict[int, tuple[Columns, Array]]] = OrderedDict()
+    _kept: ClassVar[dict[bool, OrderedDict[int, tuple[Columns, Array]]]] = {
+        small: OrderedDict() for small in _KEPT
+    }
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -71,16 +77,18 @@ class Columns:
         return self._whole()[start:stop]
 
     def _whole(self) -> Array:
+        small = self.tensor.nbytes <= _SMALL
+        kept = self._kept[small]
         with self._reading:
             with self._lock:
-                if id(self) in self._kept:
-                    self._kept.move_to_end(id(self))
-                    return self._kept[id(self)][1]
+                if id(self) in kept:
+                    kept.move_to_end(id(self))
+                    return kept[id(self)][1]
             whole = np.ascontiguousarray(self.tensor.read().T)
             with self._lock:
-                self._kept[id(self)] = self, whole
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
+                kept[id(self)] = self, whole
+                while len(kept) > _KEPT[small]:
+                    kept.popitem(last=False)
             return whole
 
 
