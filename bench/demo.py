@@ -1,4 +1,4 @@
-"""The one-minute demo: the bundled model through every container and back, then transformers generates from it.
+"""The demo: the bundled model through every container and back, transformers generating from it, and a parity report.
 
 Runs the installed commands as a user would and prints them; every step's fingerprint must be the first one's.
 """
@@ -22,13 +22,18 @@ CHAIN = (
 PROMPT = "The function returns"
 
 
-def g2conv(*args: str) -> str:
-    """Run the command, show it, return its stdout."""
-    print(f"$ g2conv {' '.join(args)}", flush=True)
-    done = subprocess.run(["g2conv", *args], stdout=subprocess.PIPE, text=True, check=False)
+def command(*words: str) -> str:
+    """Run a command, show it, return its stdout."""
+    print(f"$ {' '.join(words)}", flush=True)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(done.returncode)
+        sys.exit(f"{done.stdout}exit code {done.returncode}")
     return done.stdout
+
+
+def g2conv(*args: str) -> str:
+    """See :func:`command`."""
+    return command("g2conv", *args)
 
 
 def main(root: Path) -> None:
@@ -36,9 +41,9 @@ def main(root: Path) -> None:
         shutil.rmtree(root)
     root.mkdir(parents=True)
     src, prints = "", {}
-    for command, name in CHAIN:
+    for words, name in CHAIN:
         dst = str(root / name)
-        print(g2conv(*command.format(src=src, dst=dst).split()))
+        print(g2conv(*words.format(src=src, dst=dst).split()))
         src = dst
         line = g2conv("fingerprint", dst)
         prints[name] = line.split()[0]
@@ -48,6 +53,7 @@ def main(root: Path) -> None:
         sys.exit(f"the fingerprints differ: {prints}")
     print(f"all {len(prints)} checkpoints have the fingerprint {next(iter(prints.values()))}\n")
     generate(root / "2-safetensors")
+    verify(root)
 
 
 def generate(directory: Path) -> None:
@@ -63,6 +69,19 @@ def generate(directory: Path) -> None:
     batch = tokenizer(PROMPT, return_tensors="pt")
     out = model.generate(**batch, max_new_tokens=40, do_sample=False)
     print(f"  {tokenizer.decode(out[0], skip_special_tokens=True)!r}")
+
+
+def verify(root: Path) -> None:
+    """The model that was written first, against transformers running what was converted from it."""
+    page = root / "parity.html"
+    models = (str(root / "1-flax"), str(root / "2-safetensors"))
+    print()
+    print(
+        command(
+            "g2verify", "compare", *models, "--cand-runner", "transformers", "--html", str(page)
+        )
+    )
+    print(f"the report: {page}")
 
 
 if __name__ == "__main__":
