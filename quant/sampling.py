@@ -56,11 +56,12 @@ def sample_sequences(
     """
     config = weights.checkpoint.config
     at_once = max(1, min(count, memory // (2 * cache_bytes(config, length))))
-    generator = torch.Generator().manual_seed(seed)
+    # every sequence has its own, so that it does not matter how many are written at once
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(count)]
     out: list[Ids] = []
-    while len(out) < count:
-        n = min(at_once, count - len(out))
-        ids = _write(weights, n, length, prefix, generator, progress or (lambda n, name: None))
+    for start in range(0, count, at_once):
+        few = generators[start : start + at_once]
+        ids = _write(weights, length, prefix, few, progress or (lambda n, name: None))
         out += [row.copy() for row in ids.numpy()]
     return out
 
@@ -68,12 +69,12 @@ def sample_sequences(
 @torch.no_grad()
 def _write(
     weights: Weights,
-    n: int,
     length: int,
     prefix: Sequence[int],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     progress: Step,
 ) -> Tensor:
+    n = len(generators)
     config = weights.checkpoint.config
     begin = [config.bos_token_id, *prefix][: length - 1]
     ids = torch.empty(n, length, dtype=torch.int64)
@@ -88,13 +89,13 @@ def _write(
             x, caches[layer] = tg.block(
                 x, weights.block(layer), layer, config, positions, cache=caches[layer]
             )
-        ids[:, end] = _draw(tg.rms_norm(x[:, -1], norm, config.rms_norm_eps), weights, generator)
+        ids[:, end] = _draw(tg.rms_norm(x[:, -1], norm, config.rms_norm_eps), weights, generators)
         progress(n, "writing calibration text")
         done = end
     return ids
 
 
-def _draw(hidden: Tensor, weights: Weights, generator: torch.Generator) -> Tensor:
+def _draw(hidden: Tensor, weights: Weights, generators: Sequence[torch.Generator]) -> Tensor:
     """One id per row, by the Gumbel trick: the largest of logit plus noise, a block of the vocabulary at a time."""
     config = weights.checkpoint.config
     never = torch.tensor([config.bos_token_id, config.pad_token_id, *config.eos_token_id[:1]])
@@ -108,7 +109,9 @@ def _draw(hidden: Tensor, weights: Weights, generator: torch.Generator) -> Tenso
                 where=weights.checkpoint.path, fix="check it with `g2verify compare`.",
             )  # fmt: skip
         # minus the log of an exponential variable is Gumbel noise
-        noise = torch.empty_like(logits, dtype=torch.float64).exponential_(generator=generator)
+        noise = torch.empty_like(logits, dtype=torch.float64)
+        for row, generator in zip(noise, generators, strict=True):
+            row.exponential_(generator=generator)
         scored = logits.double() - noise.log()
         scored[:, never[(never >= start) & (never < stop)] - start] = -torch.inf
         value, at = scored.max(1)
