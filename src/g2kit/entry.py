@@ -15,6 +15,11 @@ def g2conv() -> None:
     _run("g2kit.convert.cli")
 
 
+def g2quant() -> None:
+    """Run g2quant."""
+    _run("g2kit.quant.cli")
+
+
 def g2verify() -> None:
     """Run g2verify."""
     _run("g2kit.verify.cli")
