@@ -222,7 +222,8 @@ def _execute(
             out.complete(name, {**record, "state": state})
 
         meter.start(plan.nbytes, "converting")
-        records = run_tasks(plan.tasks, out.write, complete, out.done, meter)
+        moved = run_tasks(plan.in_file_order, out.write, complete, out.done, meter)
+        records = {t.tensor.name: moved[t.tensor.name] for t in plan.tasks}
         checkpoint.source.check_unchanged()
         checked = 0
         if check:

@@ -118,6 +118,17 @@ class Conversion:
     kv: list[tuple[str, str, Any]] = field(default_factory=list)
 
     @property
+    def in_file_order(self) -> list[Task]:
+        """The tasks as their bytes lie in the files, so that files can be hashed while they are written."""
+        at = {f.name: k for k, f in enumerate(self.files.files)}
+
+        def place(task: Task) -> tuple[int, int, tuple[int, ...]]:
+            first = self.files.chunks[task.row.name][0]
+            return at[first.file], first.offset, task.placement.start
+
+        return sorted(self.tasks, key=place)
+
+    @property
     def nbytes(self) -> int:
         """Bytes to read, as canonical tensors."""
         return sum(t.tensor.nbytes for t in self.tasks)

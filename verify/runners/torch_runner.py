@@ -194,7 +194,9 @@ class TorchRunner(Runner):
 
     def _unembed(self, hidden: Tensor, table: Tensor) -> Tensor:
         logits = torch.nn.functional.linear(hidden, table)
-        return torch_gemma.soft_cap(logits, self.config.final_logit_softcapping)
+        cap = self.config.final_logit_softcapping
+        # as torch_gemma.soft_cap, without its copies: a tile is large
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def _tiles(self, rows: int | None) -> Iterator[tuple[int, int, Tensor]]:
         edges = tile_edges(self.config.vocab_size, rows)
@@ -251,7 +253,7 @@ def torch_device(name: str | None) -> torch.device:
 def as_numpy(x: Tensor) -> Array:
     """A copy as NumPy, bfloat16 widened."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return np.array(x.to(wide).cpu().numpy())
+    return x.detach().to(device="cpu", dtype=wide, copy=True).contiguous().numpy()
 
 
 @contextlib.contextmanager
