@@ -91,7 +91,7 @@ def choose(weight: Tensor, target: Target, inputs: Inputs, method: str = "gptq")
         else:
             if f.damp > rounding.DAMP_LADDER[0] or f.dtype != torch.float32:
                 fallbacks.append(f"the Hessian needed {f.damp:.0%} damping in {_name(f.dtype)}")
-            tried["gptq"] = _gptq(weight, target, inputs, f)
+            tried["gptq"] = _gptq(weight, target, inputs, f, tried["rtn"])
     output = inputs.held @ weight.T
     size = float(output.double().square().sum()) or 1.0
     errors = {n: _error(weight, v, inputs.held) / size for n, v in tried.items()}
@@ -127,10 +127,14 @@ def _rtn(weight: Tensor, target: Target, inputs: Inputs) -> Rounded:
     return rounding.rtn(weight, target, diagonal if bool((diagonal > 0).any()) else None)
 
 
-def _gptq(weight: Tensor, target: Target, inputs: Inputs, f: rounding.Factor) -> Rounded:
+def _gptq(
+    weight: Tensor, target: Target, inputs: Inputs, f: rounding.Factor, nearest: Rounded
+) -> Rounded:
     if isinstance(target, str):
         return ggml.encode(weight, target, hessian=inputs.hessian, factor=f)
-    return rounding.gptq(weight, inputs.hessian, target, f)
+    assert isinstance(nearest, Codes)
+    grid = (nearest.scales, nearest.zeros)  # the search is half of the work
+    return rounding.gptq(weight, inputs.hessian, target, f, grid=grid)
 
 
 def _error(weight: Tensor, value: Rounded, held: Tensor) -> float:

@@ -199,7 +199,14 @@ def descend(
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, scheme: Scheme, f: Factor, *, rounds: int = 3, sweeps: int = 2
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    f: Factor,
+    *,
+    rounds: int = 3,
+    sweeps: int = 2,
+    grid: tuple[Tensor, Tensor | None] | None = None,
 ) -> Codes:
     """Grid by weighted search, LDLQ, refinement.
 
@@ -210,8 +217,9 @@ def gptq(
         f: ``factor(hessian)``.
         rounds: of :func:`refine`; 0 for none.
         sweeps: of :func:`refine`.
+        grid: scales and zeros to begin with, where they are known already.
     """
-    scales, zeros = search_grid(weight, scheme, hessian.diagonal())
+    scales, zeros = grid or search_grid(weight, scheme, hessian.diagonal())
     codes = ldlq(weight, scales, zeros, scheme, f)
     if not rounds:
         return codes

@@ -162,8 +162,8 @@ def needs(
     tokens = max(BATCH_TOKENS, wanted.seq_len)
     forward = tokens * (4 * f + 8 * d + 4 * heads * wanted.seq_len)
     states = 2 * rows * d if options.keep_states else 0
-    # the Hessian, its ordered copy and its factor; of the weight: error, values, codes and grid
-    peak = 4 * (2 * block + hessians + 3 * max(widths) ** 2 + held + forward + states + 6 * largest)
+    # the Hessian, ordered, damped, its factor, that in order and divided; of the weight: error, values, codes and grid
+    peak = 4 * (2 * block + hessians + 6 * max(widths) ** 2 + held + forward + states + 6 * largest)
     layers, seen = config.num_hidden_layers, wanted.total * wanted.seq_len
     passes = 3.2 if options.sequential else 2.0
     gather = 2.0 * seen * (passes * block + sum(w * w for w in widths))

@@ -7,6 +7,7 @@ only when all it speaks of is durable. The finished run reads codes from here, e
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -41,6 +42,7 @@ from .scheme import Codes, Scheme
 SUFFIX = ".quantizing"
 VERSION = 1
 _IDS = "calibration.npy"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OURS = re.compile(r"lock|journal|calibration\.npy|(states-\d+\.bin|layer-\d+\.npz)(\.new)?")
 
 
@@ -346,6 +348,9 @@ class States:
         try:
             os.posix_fallocate(self._file.fileno(), 0, nbytes)
         except OSError as e:
+            if e.errno not in _FULL:  # a file system without fallocate
+                os.ftruncate(self._file.fileno(), nbytes)
+                return
             free = os.statvfs(self.path.parent)
             self.close()
             raise SpaceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from g2kit.convert.open import Checkpoint, open_checkpoint
-from g2kit.formats.errors import ConflictError, NonFiniteError, ResumeError
+from g2kit.formats.errors import ConflictError, NonFiniteError, ResumeError, SpaceError
 from g2kit.model import canonical
 from g2kit.model import torch_gemma as tg
 from g2kit.quant import choose as choosing
@@ -270,6 +271,23 @@ def test_states_of_another_size_are_refused(tmp_path: Path) -> None:
         again = States(tmp_path / "s", 10, 4, keep=not keep, create=False)
         assert again.read(4, 5).tolist() == [[4, 5, 6, 7]]
         again.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP])
+def test_a_full_disk_is_told_from_a_file_system_that_cannot_reserve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*args: int) -> None:
+        raise OSError(code, "no")
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    if code == errno.ENOSPC:
+        with pytest.raises(SpaceError, match="160 bytes are needed"):
+            States(tmp_path / "s", 10, 4, keep=False, create=True)
+        return
+    states = States(tmp_path / "s", 10, 4, keep=False, create=True)
+    assert states.read(9, 10).tolist() == [[0, 0, 0, 0]]
+    states.close()
 
 
 # ---------------------------------------------------------------- bad numbers
