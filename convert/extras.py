@@ -13,6 +13,7 @@ from ..formats import manifest
 from ..formats.base import Slot
 from ..formats.dtypes import BF16, F16, F32, names
 from ..formats.errors import TokenizerError, printable
+from ..formats.names import listing
 from ..model.config import GemmaConfig
 from ..model.config_formats import size_label, to_gguf
 from ..model.config_gguf import own_keys
@@ -141,6 +142,39 @@ def without_room(
         keys = unheld_keys(sidecars.config or {})
         if keys:
             notes.append(f"left out of config.json, the output has no key for: {', '.join(keys)}")
+    return notes
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
+_LISTED = (
+    "safetensors",
+    "torch_pickle",
+    "gguf",
+)  # containers whose other files are known to be no part of them
+
+
+def staying_behind(path: Path, source_format: str, sidecars: Sidecars) -> list[str]:
+    """Notes on files beside the weights that no conversion carries along.
+
+    Args:
+        path: the source; only a directory is looked at.
+        source_format: container module's name.
+        sidecars: what travels.
+    """
+    if source_format not in _LISTED or not path.is_dir():
+        return []
+    known = {*sidecars.names, manifest.NAME, CONFIG}
+    others = sorted(
+        f"{printable(p.name)}{'/' if p.is_dir() else ''}"
+        for p in path.iterdir()
+        if p.name not in known and not p.name.startswith(".") and not p.name.endswith(_WEIGHTS)
+    )
+    notes = [f"not taken along: {listing(others)}"] if others else []
+    if "adapter_config.json" in others:
+        notes.append(
+            "adapter_config.json: an adapter (LoRA) lies beside the weights and is not in them; merge it first "
+            "if it belongs to this model"
+        )
     return notes
 
 

@@ -19,7 +19,14 @@ from ..model import canonical
 from ..model.config import GemmaConfig
 from ..model.config_formats import ConfigWarning
 from .digest import same_bits
-from .extras import extra_files, gguf_kv, travelling, with_sentencepiece, without_room
+from .extras import (
+    extra_files,
+    gguf_kv,
+    staying_behind,
+    travelling,
+    with_sentencepiece,
+    without_room,
+)
 from .layout import Layout, Placement, Row
 from .open import Checkpoint, LazyTensor
 from .steps import STEPS, Step
@@ -172,7 +179,18 @@ def plan_conversion(checkpoint: Checkpoint, dst: Path, options: Options) -> Conv
     files = target.plan(request)
     notes += _oversized(files, slots, options.max_shard_size)
     return Conversion(
-        checkpoint, target, layout, options, slots, files, tasks, extra, single, embedding, notes, kv
+        checkpoint,
+        target,
+        layout,
+        options,
+        slots,
+        files,
+        tasks,
+        extra,
+        single,
+        embedding,
+        notes,
+        kv,
     )
 
 
@@ -222,6 +240,7 @@ def _side_files(
         said = unheard if target.name == "gguf" else notes
         extra = extra_files(target.name, sidecars, config, _main_dtype(slots), said)
     notes += without_room(target.name, single, sidecars, config, extra)
+    notes += staying_behind(checkpoint.path, source.format, sidecars)
     return pairs, extra
 
 

@@ -468,3 +468,19 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exec(block, scope)
     assert scope["logits"].shape[-1] == scope["checkpoint"].config.vocab_size
     assert bool(scope["torch"].isfinite(scope["logits"]).all())
+
+
+def test_other_files_beside_the_weights_are_named(tmp_path: Path) -> None:
+    source = tmp_path / "tuned"
+    api.sample(source)
+    (source / "README.md").write_text("a fine-tune")
+    (source / "adapter_config.json").write_text("{}")
+    (source / "runs").mkdir()
+    (source / ".gitattributes").write_text("")
+    notes = convert(source, tmp_path / "out", to="flax")["notes"]
+    assert "not taken along: README.md, adapter_config.json, runs/" in notes
+    assert any("merge it first" in n for n in notes)
+    assert not any(
+        "not taken along" in n
+        for n in convert(tmp_path / "out", tmp_path / "b", to="torch")["notes"]
+    )
