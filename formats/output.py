@@ -302,6 +302,7 @@ class Output:
             self._pending[unit] = dict(record)
         if self._background:
             self._syncer.wake()
+            self._hasher.wake()  # checksums before the payload may have been what it waited for
         else:
             self._flush_if_due()
 
