@@ -23,7 +23,8 @@ from .document import build, error_document, sealed, self_test_report
 from .machine import environment
 from .measure import Part, measure, probes_of, side_floor
 from .options import Options, Progress, Silent, engines
-from .shards import join, read_part
+from .part_checks import check_complete
+from .shards import check_parts, join, read_part
 from .side import open_side
 
 Config = str | Path | GemmaConfig | None
@@ -152,13 +153,15 @@ def merge(parts: Iterable[str | Path]) -> dict[str, Any]:
     """The document of a comparison whose shards wrote ``parts``: the same bytes for any number of shards.
 
     Raises:
-        UsageError: a shard is missing, twice, or of another comparison.
-        FormatError: a file is no part.
+        UsageError: a shard is missing, twice, or of another comparison or other weights.
+        FormatError: a file is no part, or tensors or positions are missing.
         ChecksumError: a part was changed.
     """
     read = [read_part(Path(p)) for p in parts]
     try:
-        return build(join(read))
+        ordered = check_parts(read)
+        check_complete(ordered)
+        return build(join(ordered))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e:
         raise FormatError(f"a part is malformed ({e!r}).", fix="run its shard again.") from e
 
@@ -210,12 +213,13 @@ def record_model(
     Raises:
         G2Error: the model cannot be opened or run, or ``out`` not be written.
     """
-    from .recording import record
+    from .recording import check_output, record
 
     engine, _ = engines(runner=runner, dtype=dtype, device=device, mesh=mesh)
     options = Options(profile, engine, engine, text, tokens, seed=seed)
     meter = progress or Silent()
     with open_side(model, config, fix_config=fix_config) as side:
+        check_output(out, side.opened, overwrite=overwrite)
         probes = probes_of(side, side, options)
         noise = side_floor(side, options, list(probes), engine.computes_in) if floor else None
         meter.start(probes.tokens, "recording", "tokens")

@@ -27,6 +27,7 @@ from .identity import SIZE, Identity, compare_identity
 from .lockstep import LockstepResult, run_lockstep
 from .machine import environment
 from .options import DEQUANTIZING, Options, Progress, Silent
+from .part_checks import weights_of
 from .probes import Probe, ProbeSet, build_probes
 from .recording import compare_recording, compare_recordings
 from .runners import Runner
@@ -73,6 +74,8 @@ def measure(
     part = _frame(ref, cand, options, identity, run)
     if identity.of(SIZE):
         return part
+    if options.shard is not None:
+        part["weights"] = [weights_of(s, meter) for s in (ref, cand)]
     if ref.checkpoint is not None and cand.checkpoint is not None:
         total = sum(t.nbytes for c in (ref.checkpoint, cand.checkpoint) for t in c.tensors.values())
         meter.start(total // options.share[1], "weights")
@@ -107,6 +110,7 @@ def _frame(ref: Side, cand: Side, options: Options, identity: Identity, run: boo
         },
         "environment": environment((options.reference, options.candidate) if run else ()),
         "window": ref.config.sliding_window,
+        "weights": None,  # of both sides, hashed; only of shards, to tell that all ran the same
         "ledger": None,
         "fingerprint": None,
         "probes": None,
@@ -449,7 +453,7 @@ def key_of(part: Part) -> str:
         n: part[n]
         for n in ("kind", "settings", "reference", "candidate", "identity", "environment", "bits")
     }
-    common["probes"] = part["probes"]
+    common |= {n: part[n] for n in ("probes", "weights")}
     text = json.dumps(common, sort_keys=True, allow_nan=False)
     return PREFIX + hashlib.sha256(text.encode()).hexdigest()
 
