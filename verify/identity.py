@@ -15,6 +15,7 @@ from typing import Any
 from ..formats.errors import printable
 from ..formats.sentencepiece_model import PieceType, SentencePieceModel
 from ..model.config import GemmaConfig
+from .config_file import file_differences, replaced_file, stated_types
 from .side import Side, config_fields
 from .tokenizer import SentencePieceTokenizer
 
@@ -105,8 +106,11 @@ def compare_identity(ref: Side, cand: Side) -> Identity:
     """Configuration and tokenizer of both sides."""
     assumed = {**_assumed(ref), **_assumed(cand)}
     differences = list(config_differences(ref.config, cand.config, assumed))
+    differences += [Difference(*d, FUNCTION) for d in file_differences(ref, cand)]
+    differences += [Difference(*d, USE) for d in stated_types(ref, cand)]
     pieces: int | None = None
-    untested: list[str] = []
+    replaced = (replaced_file(ref, "reference"), replaced_file(cand, "candidate"))
+    untested = [said for said in replaced if said is not None]
     lacking = [n for n, s in (("reference", ref), ("candidate", cand)) if s.tokenizer is None]
     if ref.tokenizer is not None and cand.tokenizer is not None:
         pieces = min(len(ref.tokenizer.pieces), len(cand.tokenizer.pieces))
