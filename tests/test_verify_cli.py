@@ -59,6 +59,7 @@ def run(*args: str, capsys: Any) -> tuple[int, str, str]:
 def test_every_command_has_help(capsys: Any) -> None:
     status, out, _ = run("--help", capsys=capsys)
     assert status == 0
+    assert "7 the output exists" in out
     for name in COMMANDS:
         assert name in out
         assert run(name, "--help", capsys=capsys)[0] == 0
@@ -243,6 +244,7 @@ def test_shards_and_merge(models: dict[str, str], tmp_path: Path, capsys: Any) -
 
 @pytest.mark.parametrize(("args", "words"), [
     (("--shard", "3/2", "--report", "x"), "not of the form"),
+    (("--shard", "3/2"), "not of the form"),
     (("--shard", "0/2", "--report", "x"), "not of the form"),
     (("--shard", "1/2"), "needs a place"),
     (("--shard", "1/2", "--html", "x"), "whole reports"),
@@ -256,7 +258,9 @@ def test_wrong_shards(
     assert words in err
 
 
-def test_record_and_compare(models: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+def test_record_and_compare(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     rec = str(tmp_path / "rec")
     status, out, _ = run("record", models["tiny"], rec, "--profile", "smoke", capsys=capsys)
     assert status == 0
@@ -264,7 +268,12 @@ def test_record_and_compare(models: dict[str, str], tmp_path: Path, capsys: Any)
     status, out, _ = run("compare", rec, models["flax"], capsys=capsys)
     assert status == 0, out
     assert "X1" in out
-    assert run("record", models["tiny"], rec, "--profile", "smoke", capsys=capsys)[0] == 7
+    monkeypatch.setattr("g2kit.verify.compare.probes_of", lambda *a: pytest.fail("ran"))
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("record", models["tiny"], "rec", "--profile", "smoke", capsys=capsys)
+    assert status == 7
+    assert err.startswith("error[E_EXISTS]: rec: the destination directory exists.")
+    monkeypatch.undo()
     document = tmp_path / "rec" / "recording.json"
     document.write_text(document.read_text().replace('"smoke"', '"full"'))
     status, _, err = run("compare", rec, models["flax"], capsys=capsys)
@@ -320,6 +329,15 @@ def test_logits_of_a_broken_model_fail(tmp_path: Path, models: dict[str, str], c
     status, _, err = run("logits", models["nan"], *args, capsys=capsys)
     assert status == 1
     assert "first in sequence 0, position 0, token 0" in err
+
+
+def test_a_report_of_another_kind_is_named(tmp_path: Path, capsys: Any) -> None:
+    other = tmp_path / "r.xml"
+    other.write_text("<testsuites/>")
+    status, _, err = run("report", str(other), capsys=capsys)
+    assert status == 3
+    assert "not a report: not JSON" in err
+    assert "Fix: name the JSON document that --report or --json wrote." in err
 
 
 def test_a_changed_report_is_refused(models: dict[str, str], tmp_path: Path, capsys: Any) -> None:

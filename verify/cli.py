@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ Examples:
 
 \b
 Exit codes: 0 PASS; 1 FAIL; 2 wrong usage; 3 ERROR, bad input; 4 disk, memory or a missing package;
-5 refused as unsafe; 6 INCONCLUSIVE, the evidence does not decide; 70 a bug;
+5 refused as unsafe; 6 INCONCLUSIVE, the evidence does not decide; 7 the output exists; 70 a bug;
 141 nobody reads standard output.
 """
 
@@ -249,8 +249,7 @@ def render(document: Path, **o: Any) -> None:
     """Render DOCUMENT, a report.json, again. The exit code is 0 whatever its verdict."""
     makers = {**RENDERERS, "model_card": _model_card}
     with Outputs({n: o.get(n) for n in makers}, (document,)) as out:
-        loaded = strict_json.load_object(document, limit=1 << 31)
-        reports.validate(loaded)
+        loaded = _read_report(document)
         _check_seal(loaded, document)
         for kind in out.paths:
             out.write(kind, makers[kind](loaded))
@@ -311,8 +310,9 @@ class _Work:
         """A document with verdict ERROR where one was asked for, the message on stderr, the error's exit code."""
         self.meter.stop()
         document = sealed(error_document(e, kind), self._run())
-        for name in list(self.out.paths):
-            self.out.write(name, RENDERERS[name](document))
+        for name in self.out.pending:  # not what was written, nor where writing failed
+            with suppress(G2Error):  # the first error is the one to tell
+                self.out.write(name, RENDERERS[name](document))
         if self.o["as_json"]:
             click.echo(dumps(document), nl=False)
         click.echo(f"error[{e.code}]: {e}", err=True)
@@ -345,6 +345,7 @@ def _work(kind: str, o: Mapping[str, Any], inputs: tuple[Path, ...]) -> Iterator
 
 
 def _check_shard_outputs(o: Mapping[str, Any]) -> None:
+    parse_shard(o["shard"])
     other = [n for n in ("html", "junit", "markdown") if o[n] is not None]
     if other:
         raise UsageError(
@@ -374,6 +375,19 @@ def _estimated(
     with open_side(ref, configs[0], **fix) as one, open_side(cand, configs[1], **fix) as two:
         found = estimate(one, two, options)
     return found, lines(found)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """A report's document; of a file that is no JSON at all, the advice is to name the report."""
+    try:
+        loaded = strict_json.load_object(path, limit=1 << 31)
+    except FormatError as e:
+        raise FormatError(
+            f"not a report: {e.what}", where=path,
+            fix="name the JSON document that --report or --json wrote.",
+        ) from e  # fmt: skip
+    reports.validate(loaded)
+    return loaded
 
 
 def _check_seal(document: Mapping[str, Any], where: Path) -> None:

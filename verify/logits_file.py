@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from io import BytesIO
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from ..formats.errors import FormatError, NotFoundError, SpaceError, UsageError
 from .runners import Runner
+from .text_probes import load_array
 
 Array = npt.NDArray[Any]
 BATCH_TOKENS = 4096
@@ -26,16 +28,11 @@ def read_tokens(path: str | Path) -> Array:
     Raises:
         FormatError: not such a file.
         NotFoundError: there is none.
+        FileIOError, LimitError: it cannot be read, or is larger than 256 MiB.
     """
     if not Path(path).exists():
         raise NotFoundError("no such file.", where=path, fix="save token ids with numpy.save.")
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise FormatError(
-            f"no token ids can be read ({e}).", where=path, fix="save them with numpy.save."
-        ) from None
-    return as_ids(ids, path)
+    return as_ids(load_array(Path(path)), path)
 
 
 def as_ids(ids: Any, where: str | Path | None = None) -> Array:
@@ -91,8 +88,9 @@ def write_logits(
         raise UsageError(
             f"token ids run from {tokens.min()} to {tokens.max()}, the vocabulary has {shape[2]}."
         )
-    partial = out.with_name(f"{out.name}.partial")
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    # a name nobody can know before: a link laid under a known one would be written through
+    partial = out.with_name(f".{out.name[:200]}.{secrets.token_hex(8)}.partial")
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         os.ftruncate(fd, size)
         os.pwrite(fd, head, 0)

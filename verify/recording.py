@@ -14,11 +14,12 @@ from .recording_compare import compare_recording
 from .recording_pair import compare_recordings
 from .recording_read import Recording, is_recording, open_recording
 from .recording_schema import SCHEMA
-from .recording_write import record
+from .recording_write import check_output, record
 
 __all__ = [
     "SCHEMA",
     "Recording",
+    "check_output",
     "compare_recording",
     "compare_recordings",
     "is_recording",

@@ -90,11 +90,10 @@ def record(
     started = time.time()
     work = _Work.of(runner, probes, checkpoint, with_embedding)
     plan = safetensors.plan(schema.slots(work.sizes), stem="arrays", metadata=_METADATA)
-    files = checkpoint.source.files
-    sources = (checkpoint.path, *files) if files else ()
     with StagedDirectory(
-        Path(out), plan.files, [schema.DOCUMENT], overwrite=overwrite, sources=sources, fs=fs
-    ) as staged:
+        Path(out), plan.files, [schema.DOCUMENT], overwrite=overwrite,
+        sources=_read_from(checkpoint), fs=fs,
+    ) as staged:  # fmt: skip
         writer = _Writer(staged, plan.chunks)
         model = _model(checkpoint, digest.digests(checkpoint) if entries is None else entries)
         for batch in plan_batches([len(p.tokens) for p in probes.probes], batch_tokens):
@@ -126,6 +125,22 @@ def record(
         staged.commit()
     document["id"] = schema.content_id(document)
     return {**document, "self_sha256": schema.self_sha256(document)}
+
+
+def check_output(out: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+    """Whether :func:`record` would refuse ``out`` at its end: asked before anything is run.
+
+    Raises:
+        ConflictError, UsageError, FileIOError: it would.
+    """
+    names = (schema.ARRAYS, schema.DOCUMENT)
+    sources = _read_from(checkpoint)
+    StagedDirectory(Path(out), (), names, overwrite=overwrite, sources=sources).check()
+
+
+def _read_from(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    files = checkpoint.source.files
+    return (checkpoint.path, *files) if files else ()
 
 
 @dataclass(frozen=True)

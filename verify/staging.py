@@ -44,29 +44,38 @@ class StagedDirectory:
         sources: Sequence[Path] = (),
         fs: ofs.Filesystem = ofs.REAL,
     ) -> None:
-        self._stage = Stage(paths.normalise(Path(dst)))
+        self._named = Path(dst)
+        self._stage = Stage(paths.normalise(self._named))
         self._files, self._overwrite, self._fs = tuple(files), overwrite, fs
         self._known = [*(f.name for f in files), *later]
         self._sources = tuple(sources)
         self._fds: dict[str, int] = {}
         self._lock: Lock | None = None
 
-    def __enter__(self) -> Self:
-        """Check the destination, take the lock, clear what a killed run left, create the files.
+    def check(self) -> None:
+        """Look at the destination, touching nothing: for before the work whose result it is to hold.
 
         Raises:
-            ConflictError: the destination exists, or holds other files; LockedError: another process writes it.
-            UnsafePathError: input and output are not apart.
-            SpaceError: not enough room. FileIOError: the operating system refuses.
+            ConflictError: it exists, holds other files, or is not apart from the input.
+            FileIOError: the operating system refuses.
         """
-        stage, fs = self._stage, self._fs
-        sizes = {f.name: f.size for f in self._files} | dict.fromkeys(self._known, 0)
-        paths.check_names(stage.dst, sizes, [paths.PARTIAL])
+        stage = self._stage
+        paths.check_names(stage.dst, self._sizes(), [paths.PARTIAL])
         self._check_destination()
         left = paths.check_kind(stage.partial, is_file=False)
         paths.check_apart([stage.dst, stage.partial], self._sources)
         if left:
             self._require_ours()
+
+    def __enter__(self) -> Self:
+        """Check the destination, take the lock, clear what a killed run left, create the files.
+
+        Raises:
+            ConflictError: as :meth:`check`; LockedError: another process writes it.
+            SpaceError: not enough room. FileIOError: the operating system refuses.
+        """
+        stage, fs, sizes = self._stage, self._fs, self._sizes()
+        self.check()
         self._lock = Lock(stage.lock, fs)
         try:
             self._require_ours()
@@ -77,6 +86,9 @@ class StagedDirectory:
             self._close()
             raise
         return self
+
+    def _sizes(self) -> dict[str, int]:
+        return {f.name: f.size for f in self._files} | dict.fromkeys(self._known, 0)
 
     def write(self, name: str, data: memoryview, offset: int) -> None:
         """Write a flat byte buffer into a file.
@@ -117,7 +129,7 @@ class StagedDirectory:
         with ofs.calls("put the output in its place", stage.dst):
             there = ofs.exists(fs, stage.dst)
             if there and not self._overwrite:
-                raise exists_error(stage.dst)
+                raise exists_error(self._named)
             if there:
                 paths.check_replaceable(stage.dst, self._known)
             self._land(there)
@@ -132,7 +144,7 @@ class StagedDirectory:
                 fs.rename(stage.dst, stage.old)
                 fs.rename_new(stage.data, stage.dst)
         except FileExistsError:
-            raise exists_error(stage.dst) from None
+            raise exists_error(self._named) from None
 
     def __exit__(
         self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
@@ -144,7 +156,7 @@ class StagedDirectory:
         if not paths.check_kind(self._stage.dst, is_file=False):
             return
         if not self._overwrite:
-            raise exists_error(self._stage.dst)
+            raise exists_error(self._named)
         paths.check_replaceable(self._stage.dst, self._known)
 
     def _require_ours(self) -> None:

@@ -107,7 +107,7 @@ def user_tokens(
     """
     if isinstance(source, str | Path):
         where: Path | None = Path(source)
-        ids = _load(Path(source))
+        ids = load_array(Path(source))
     else:
         where, ids = None, np.asarray(source)
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
@@ -121,9 +121,22 @@ def user_tokens(
     return list(np.atleast_2d(ids).astype(np.int64))
 
 
-def _load(path: Path) -> npt.NDArray[np.generic]:
+def load_array(path: Path) -> npt.NDArray[np.generic]:
+    """The array in a ``.npy`` file, memory-mapped.
+
+    Raises:
+        FileIOError: it cannot be read.
+        LimitError: it is larger than 256 MiB.
+        FormatError: it is something else.
+    """
     _check_size(path)
     found, reason = None, "an archive of several"
+    if not _begins_like_numpy(path):
+        raise FormatError(
+            "not a NumPy file, expected an array of token ids.",
+            where=path,
+            fix="write token ids with numpy.save(file, ids).",
+        )
     try:  # memory-mapped: the file's size bounds what its header may ask for
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as e:
@@ -132,15 +145,27 @@ def _load(path: Path) -> npt.NDArray[np.generic]:
         reason = (str(e) or repr(e)).splitlines()[0]
     if not isinstance(found, np.ndarray):
         raise FormatError(
-            f"not a NumPy array ({reason}).", where=path, fix="write it with numpy.save(file, ids)."
+            f"not a NumPy array ({reason}).",
+            where=path,
+            fix="write token ids with numpy.save(file, ids).",
         )
     return found
+
+
+def _begins_like_numpy(path: Path) -> bool:
+    """Whether ``numpy.load`` would look for an array: for anything else it talks of pickles."""
+    try:
+        with path.open("rb") as f:
+            return f.read(6).startswith((b"\x93NUMPY", b"PK"))
+    except OSError as e:
+        raise FileIOError(f"cannot read: {e.strerror or e}.", where=path) from e
 
 
 def _check_size(path: Path) -> None:
     try:
         if not path.is_file():
-            raise FileIOError("no such file.", where=path)
+            there = "this is a directory" if path.is_dir() else "not a regular file"
+            raise FileIOError(f"{there if path.exists() else 'no such file'}.", where=path)
         size = path.stat().st_size
     except (OSError, ValueError) as e:
         raise FileIOError(f"cannot read: {e}.", where=path) from e
