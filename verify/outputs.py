@@ -41,6 +41,11 @@ class Outputs:
             raise
         return self
 
+    @property
+    def pending(self) -> list[str]:
+        """What is not written yet, nor failed to be."""
+        return list(self._temporary)
+
     def write(self, kind: str, text: str) -> Path:
         """Write a file that was claimed; replaces what was there.
 

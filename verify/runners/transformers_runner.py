@@ -16,11 +16,14 @@ import transformers
 from torch import Tensor
 
 from ...convert.open import Checkpoint, open_checkpoint
-from ...formats.errors import FileIOError, FormatError, MissingTensorError, UsageError
+from ...formats.errors import FileIOError, FormatError, MissingTensorError, UsageError, printable
 from ...formats.names import listing
 from ...model.config import GemmaConfig
 from .base import Array, Decoder, DecodeState, Runner, Tap, Tokens, tile_edges
 from .torch_runner import as_numpy, exact_products, torch_device
+
+# what its code raises on values of config.json that it did not expect; running out of memory is none of them
+_REFUSALS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)
 
 
 class TransformersRunner(Runner):
@@ -53,7 +56,7 @@ class TransformersRunner(Runner):
                 "the transformers runner takes no config: it uses the config.json beside the weights."
             )
         path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
-        self.dtype = dtype
+        self.dtype, self._path = dtype, path
         self._device = torch_device(device)
         if not (path / "config.json").is_file():
             raise FileIOError(
@@ -107,15 +110,26 @@ class TransformersRunner(Runner):
         self._model, self._states, self._logits = None, [], None
 
     def _forward(self, tokens: Array, real: Array, positions: Array, **options: Any) -> Any:
-        """One call of the model; ``real`` covers all keys."""
+        """One call of the model; ``real`` covers all keys.
+
+        Raises:
+            FormatError: transformers loaded the model but cannot run it; its first line is quoted.
+        """
         self._states = []
-        with exact_products():
-            return self._model(
-                input_ids=torch.from_numpy(tokens).to(self._device),
-                attention_mask=torch.from_numpy(real.astype(np.int64)).to(self._device),
-                position_ids=torch.from_numpy(positions).to(self._device),
-                **options,
-            )
+        try:
+            with exact_products():
+                return self._model(
+                    input_ids=torch.from_numpy(tokens).to(self._device),
+                    attention_mask=torch.from_numpy(real.astype(np.int64)).to(self._device),
+                    position_ids=torch.from_numpy(positions).to(self._device),
+                    **options,
+                )
+        except _REFUSALS as e:
+            raise FormatError(
+                f"transformers {transformers.__version__} cannot run it: {_first_line(e)}",
+                where=self._path,
+                fix="look at the values of config.json.",
+            ) from e
 
     def _keep(self, module: Any, inputs: Any, output: Any) -> None:
         self._states.append(output[0] if isinstance(output, tuple) else output)
@@ -142,6 +156,10 @@ class TransformersDecoder(Decoder):
         return as_numpy(done.logits)[..., : self._runner.config.vocab_size]
 
 
+def _first_line(e: Exception) -> str:
+    return printable((str(e) or repr(e)).splitlines()[0])
+
+
 def _load(path: Path, dtype: torch.dtype) -> Any:
     """The model in evaluation mode; no network, no code from the directory.
 
@@ -160,7 +178,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
         )  # fmt: skip
     except Exception as e:  # whatever its loaders raise
         raise FormatError(
-            f"transformers {transformers.__version__} cannot load it: {(str(e) or repr(e)).splitlines()[0]}",
+            f"transformers {transformers.__version__} cannot load it: {_first_line(e)}",
             where=path,
         ) from e
     finally:
