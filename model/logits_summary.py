@@ -97,7 +97,8 @@ class Summary:
             ``perplexity_ratio`` (candidate / reference) and ``kl_p99``.
         worst: positions of largest KL, descending.
         first_non_finite: document, position and stream (``reference``, ``candidate``), or None.
-        tolerance: margin below which a flip is expected; None: the position's own largest difference.
+        tolerance: margin below which a flip is expected; None: the position's own largest difference, which excuses
+            every flip, so that ``real_flips`` says nothing.
     """
 
     overall: Group

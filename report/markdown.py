@@ -6,7 +6,7 @@ import re
 
 from .markup import clip, visible
 from .numerals import NOTHING, count, number, percent
-from .parts import Document
+from .parts import Document, evaluated
 
 LINES = 40
 _WIDTH = 300
@@ -72,17 +72,24 @@ def _metrics(document: Document) -> list[str]:
         f"KL mean {number(kl['mean'])}, 99 % {number(worst['99'])}, max {number(worst['100'])} nats",
         f"noise floor {number(floor)}" if floor is not None else None,
         f"sampled tokens that differ {percent(o['metrics']['tv']['mean'])}",
-        f"same top-1 {percent(o['agreement'])} ({count(o['real_flips'], 'real flip')})",
+        f"same top-1 {percent(o['agreement'])}{_flips(metrics)}",
         f"perplexity {number(o['perplexity_ref'], 5)} → {number(o['perplexity_cand'], 5)}"
+        + (f" over {count(o['scored'], 'token')}" if o["non_finite"] else "")
         if o["perplexity_ref"]
         else None,
     )
-    evaluated = f"{count(o['positions'], 'position')} of {count(o['documents'], 'document')}"
+    where = f"{evaluated(o)}; {count(o['documents'], 'document')}"
     return [
-        f"**Figures** ({evaluated}): {'; '.join(f for f in figures if f)}.",
+        f"**Figures** ({where}): {'; '.join(f for f in figures if f)}.",
         "",
         *_first(document),
     ]
+
+
+def _flips(metrics: Document) -> str:
+    """Flips beyond a near-tie; without a measured noise floor nobody knows which those are."""
+    known = metrics["tolerance"] is not None
+    return f" ({count(metrics['overall']['real_flips'], 'real flip')})" if known else ""
 
 
 def _first(document: Document) -> list[str]:

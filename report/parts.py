@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .markup import Child, Html, join, tag
+from .numerals import count
 
 Document = dict[str, Any]
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "−0123456789")
@@ -20,6 +21,15 @@ _GLYPHS = {
     ),
     "ERROR": Html('<path d="M12 3l10 18H2z"/><path d="M12 10v5m0 3v.1"/>'),
 }
+
+
+def evaluated(group: Document) -> str:
+    """The positions that a group's figures are of: those that are not finite are in none of them."""
+    left = group["non_finite"]
+    if not left:
+        return count(group["positions"], "position")
+    finite = count(group["positions"] - left, "finite position")
+    return f"{finite}; {left:,} left out: not finite"
 
 
 def glyph(verdict: str) -> Html:

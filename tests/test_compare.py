@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from g2kit.formats.dtypes import BF16, F32
 from g2kit.formats.errors import ChecksumError, FormatError, UsageError
 from g2kit.model import canonical
 from g2kit.model.sample import sample_dir
-from g2kit.report import validate
+from g2kit.report import html, markdown, validate
 from g2kit.verify import measure
 from g2kit.verify.compare import (
     compare,
@@ -33,6 +34,7 @@ from g2kit.verify.compare import (
 from g2kit.verify.document import dumps, sealed
 from g2kit.verify.options import Options, engines
 from g2kit.verify.shards import dumps_part
+from g2kit.verify.show import report as terminal
 
 CONFIG = small("gemma2-2b", layers=4)
 WEIGHTS = random_weights(CONFIG, 1)
@@ -343,3 +345,40 @@ def test_self_test_document() -> None:
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         compare(model(), model(), **options)
+
+
+# ---- figures
+
+
+def test_flips_beyond_the_noise_are_counted() -> None:
+    gate, up = canonical.GATE.format(i=2), canonical.UP.format(i=2)
+    exchanged = {gate: WEIGHTS[up], up: WEIGHTS[gate]}
+    report = compare(model(), model(exchanged), profile="smoke")
+    metrics = report["metrics"]
+    assert metrics["tolerance"] == pytest.approx(
+        6 * math.sqrt(report["floor"]["k"]) * report["floor"]["rms_logit"]
+    )
+    assert metrics["overall"]["real_flips"] > 0
+    assert "real flip" in markdown(report)
+    same = compare(model(), model(), profile="smoke", cand_runner="jax")
+    assert same["metrics"]["overall"]["real_flips"] == 0
+
+
+def overflowing() -> Report:
+    """A finite weight so large that most positions overflow."""
+    name = canonical.UP.format(i=2)
+    w = WEIGHTS[name].copy()
+    w[0, 0] = 1e38
+    return compare(model(), model({name: w}), profile="smoke")
+
+
+def test_figures_say_what_they_leave_out() -> None:
+    report = overflowing()
+    o = report["metrics"]["overall"]
+    assert 0 < o["non_finite"] < o["positions"]
+    good = o["positions"] - o["non_finite"]
+    said = f"{good} finite positions; {o['non_finite']:,} left out: not finite"
+    assert f"({said}; " in markdown(report)
+    assert html(report).count(said) == 2, "in a tile and above the table of categories"
+    assert f"figures leave out {o['non_finite']} positions: not finite" in terminal(report)
+    assert "not finite" not in markdown(compare(model(), model(), profile="smoke"))

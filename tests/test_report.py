@@ -573,3 +573,14 @@ def test_report_is_a_leaf() -> None:
                     "numpy",
                 }, path
                 assert "formats" not in parts or name == "formats.errors", path
+
+
+def test_markdown_sorts_flips_only_by_a_measured_floor() -> None:
+    document = copy.deepcopy(compare_fail())
+    o = document["metrics"]["overall"]
+    assert "real flip" in report.markdown(document)
+    document["metrics"]["tolerance"] = None
+    assert "real flip" not in report.markdown(document)
+    assert "near-tie" not in report.html(document)
+    o["non_finite"] = 17
+    assert f"over {o['scored']:,} tokens" in report.markdown(document)

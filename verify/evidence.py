@@ -11,6 +11,7 @@ from ..model.logits_stats import Record
 from ..model.logits_summary import Summary, summarise
 from .claims import Evidence, Limits, Measured, budget_of
 from .coverage import REQUIRED
+from .decoding import NEAR_TIE
 from .divergence import Divergence, Inside, divergent
 from .floor import Floor
 from .identity import Difference, Identity
@@ -109,6 +110,12 @@ def documents_of(records: Sequence[Record], part: Mapping[str, Any]) -> list[Rec
     groups = {i: g for i, g in part["probes"]["list"]}
     chosen = [r for r in records if groups.get(r.document) == DOCUMENTS]
     return chosen or [r for r in records if r.stats.scored.any()] or list(records)
+
+
+def near_tie(floor: Floor | None) -> float | None:
+    """The margin below which noise alone may exchange the two largest logits, as in P9; None without a floor."""
+    limit = None if floor is None else floor.threshold("rms_logit")
+    return None if limit is None else NEAR_TIE * limit
 
 
 def not_verified(f: Findings) -> list[str]:

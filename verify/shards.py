@@ -12,7 +12,7 @@ from typing import Any
 from ..formats import strict_json
 from ..formats.errors import ChecksumError, FormatError, NotFoundError, UsageError
 from .divergence import Inside
-from .evidence import Findings, documents_of
+from .evidence import Findings, documents_of, near_tie
 from .floor import Floor
 from .lockstep import LockstepResult, merge_results
 from .measure import SCHEMA, Part, key_of
@@ -125,9 +125,11 @@ def _join(parts: Sequence[Part], merged: dict[str, Any]) -> Findings:
     edges = [merged["window"]] if merged["window"] else []
     summary = documents = None
     if result is not None:
-        summary = summarise(result.records, edges=edges)
+        tie = near_tie(_floor(merged["floor"]))
+        summary = summarise(result.records, edges=edges, tolerance=tie)
         chosen = documents_of(result.records, merged)
-        documents = summary if len(chosen) == len(result.records) else summarise(chosen)
+        whole = len(chosen) == len(result.records)
+        documents = summary if whole else summarise(chosen, tolerance=tie)
     inside = merged["inside"]
     return Findings(
         merged, rows, result, kernel, _floor(merged["floor"]), _floor(merged["kernel_floor"]),

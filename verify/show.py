@@ -62,7 +62,9 @@ def _scope(d: Mapping[str, Any]) -> str:
     if d["kind"] != "compare" or "tokens" not in s:
         only = "weights and configuration only; nothing was run"
         return only if d["kind"] == "weights" else str(d["summary"])
-    return f"{s['tokens']} tokens in {s['documents']} sequences, profile {s['profile']}"
+    text = f"{s['tokens']} tokens in {s['documents']} sequences, profile {s['profile']}"
+    left = d["metrics"]["overall"]["non_finite"] if d["metrics"] else 0
+    return f"{text}; figures leave out {left} positions: not finite" if left else text
 
 
 def _where(d: Mapping[str, Any]) -> Iterator[str]:

@@ -48,7 +48,8 @@ def _lede(document: Document, bins: list[Document]) -> str:
     if not flips:
         return f"The most likely token is the same at all {count(total, 'position')}."
     overall = (document.get("metrics") or {}).get("overall") or {}
-    real = overall.get("real_flips")
+    known = (document.get("metrics") or {}).get("tolerance") is not None
+    real = overall.get("real_flips") if known else None
     return sentences(
         f"The most likely token changes at {flips:,} of {count(total, 'position')}.",
         None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..markup import Html, tag
 from ..numerals import number, percent
 from ..page import Section
-from ..parts import Document, more, stack
+from ..parts import Document, evaluated, more, sentences, stack
 from ..tables import Cell, Column, table
 
 _COLUMNS = (
@@ -36,7 +36,10 @@ def section(document: Document) -> Section | None:
                 _groups(metrics["documents"], "Document"),
             )
         )
-    return Section("categories", "By category", _lede(metrics["categories"]), stack(*parts))
+    overall = metrics["overall"]
+    of = f"Figures are of {evaluated(overall)}." if overall["non_finite"] else None
+    lede = sentences(_lede(metrics["categories"]) or None, of)
+    return Section("categories", "By category", lede, stack(*parts))
 
 
 def _lede(groups: list[Document]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..markup import Html, join, tag
-from ..numerals import count, number, percent
-from ..parts import Document, badge, bullets, css, glyph, raised, sentences
+from ..numerals import number, percent
+from ..parts import Document, badge, bullets, css, evaluated, glyph, raised, sentences
 
 _NAMES = {
     "compare": "Comparison",
@@ -57,7 +57,7 @@ def _tiles(document: Document) -> Html | None:
         (
             "Same most likely token",
             percent(overall["agreement"]),
-            f"of {count(overall['positions'], 'position')}",
+            f"of {evaluated(overall)}",
         ),
     )
     return tag("dl", *(_tile(*t) for t in tiles), cls="tiles")
