@@ -32,6 +32,7 @@ from g2kit.formats.errors import (
 )
 from g2kit.model.sample import sample_dir
 from g2kit.verify import recording_schema as schema
+from g2kit.verify.compare import compare, record_model
 from g2kit.verify.recording import compare_recording, open_recording
 from g2kit.verify.runners import open_runner
 
@@ -357,3 +358,52 @@ def test_a_file_that_changes_under_the_comparison(good: Path, tmp_path: Path) ->
         with pytest.raises(FileIOError, match="the file changed while it was read"):
             compare_recording(r, runner)
     assert len(few_probes()) == 6
+
+
+# ---- what a recording says of its own noise
+
+
+def larger_floor(factor: float) -> Edit:
+    """Noise so large that nothing is ever above it, or a little larger."""
+
+    def edit(doc: dict[str, Any]) -> None:
+        for e in doc["floor"]["estimators"]:
+            for name in ("kl_max", "kl_mean"):
+                e[name] *= factor**2
+            e["rms_logit"] *= factor
+            for name in ("hidden", "isolated"):
+                e[name] = [x * factor for x in e[name]]
+        for name in ("kl_max", "kl_mean", "rms_logit"):
+            doc["floor"][name] *= factor if name == "rms_logit" else factor**2
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def with_floor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("floor") / "r"
+    record_model(sample_dir(), out, profile="smoke", with_embedding=True)
+    return out
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(3.0, "PASS"), (1e4, "INCONCLUSIVE")])
+def test_noise_beyond_any_machine_decides_nothing(
+    factor: float, verdict: str, with_floor: Path, tmp_path: Path
+) -> None:
+    forged = resigned(with_floor, tmp_path / "r", document=larger_floor(factor))
+    claims = {c["id"]: c for c in compare(forged, sample_dir())["claims"]}
+    assert claims["X1"]["verdict"] == verdict
+    if verdict != "PASS":
+        assert any("no noise is that large" in m for m in claims["X1"]["missing"])
+
+
+def test_noise_of_another_compute_type_is_refused(with_floor: Path, tmp_path: Path) -> None:
+    forged = resigned(with_floor, tmp_path / "r", document=put("floor", "dtype", value="bfloat16"))
+    with pytest.raises(FormatError, match=r"floor.dtype must be the run's compute type, float32"):
+        open_recording(forged)
+
+
+def test_nan_in_a_recording_is_no_verdict_on_weights(good: Path, tmp_path: Path) -> None:
+    forged = resigned(good, tmp_path / "r", at("final_hidden", (5, 3), NAN))
+    with pytest.raises(FormatError, match="row 5 has a NaN"):
+        compare(forged, sample_dir())

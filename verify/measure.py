@@ -48,6 +48,7 @@ from .worst import contexts, likely_tokens, top_ids
 Part = dict[str, Any]
 SCHEMA = "g2kit.part/1"
 _COARSE = {"float64": 0, "float32": 1, "bfloat16": 2}
+MAX_EXCESS = 30.0  # of a recorded floor over the reader's own, as errors; other processors differ by a few times
 TAP_SCORES = 256 << 20  # bytes of attention scores a look into a block may take
 
 
@@ -273,8 +274,23 @@ class _Run:
         if recording.floor is None or self.own is None:
             self.part["floor_reason"] = "a recording carries no noise floor"
             return
+        excess = recording.floor.excess(self._alike(recording.floor.dtype, mine, tiles))
+        if excess > MAX_EXCESS:
+            self.part["floor_reason"] = (
+                f"the recording's noise floor is {excess:.3g} times what this machine measures in the same "
+                f"compute type, beyond {MAX_EXCESS:g}; no noise is that large"
+            )
+            return
         both = recording.floor.plus(self.own)
         self.part["floor"] = replace(both, k=self.options.k).to_json()
+
+    def _alike(self, dtype: str, mine: str, tiles: bool) -> Floor:
+        """The candidate's own floor in the recording's compute type, where it can be measured here."""
+        assert self.own is not None
+        if dtype == mine or self.cand.checkpoint is None:
+            return self.own
+        engine = Engine(dtype=dtype, device=_place(self.engine))
+        return self._floor(self.cand, dtype, engine, tiles)
 
     def _floor(
         self, side: Side, dtype: str, engine: Engine, tiles: bool, kernel: Engine | None = None

@@ -121,6 +121,20 @@ class Floor:
             max(self.k, other.k),
         )
 
+    def excess(self, own: Floor) -> float:
+        """How many times larger than another floor this one is, as errors (KL by its root): the largest of all ratios."""
+        ratios = [_ratio(self.rms_logit, own.rms_logit)]
+        ratios += [
+            math.sqrt(_ratio(getattr(self, m), getattr(own, m))) for m in ("kl_max", "kl_mean")
+        ]
+        depth = max((len(e.hidden) for e in self.estimators), default=0)
+        for layer in range(-1, depth - 1):
+            for isolated in (False, True):
+                mine, other = (f.hidden(layer, isolated=isolated) for f in (self, own))
+                if mine is not None and other is not None:
+                    ratios.append(_ratio(mine, other))
+        return max(ratios)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data: what :meth:`from_json` takes, and ``kl_max``, ``kl_mean``, ``rms_logit`` for readers."""
         return {
@@ -147,6 +161,10 @@ class Floor:
             return Floor(data["dtype"], estimates, k, skipped)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise FormatError("not a noise floor: fields are missing or unknown.") from None
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else math.inf if a > 0 else 1.0
 
 
 def _plain(e: Estimate) -> dict[str, Any]:

@@ -66,7 +66,10 @@ def parse(document: Mapping[str, Any], where: Path) -> tuple[schema.Sizes, Gemma
     for key in ("environment", "run", "runner"):
         check.require(isinstance(document[key], dict), key, "an object")
     if document["floor"] is not None:
-        Floor.from_json(document["floor"])
+        floor, ran = Floor.from_json(document["floor"]), document["runner"]["dtype"]
+        check.require(
+            floor.dtype == ran, "floor.dtype", f"the run's compute type, {printable(ran)}"
+        )
     return _sizes(check, document, config, sum(row["length"] for row in rows)), config
 
 

@@ -16,7 +16,7 @@ from ..convert.extras import travelling
 from ..convert.open import Checkpoint, open_checkpoint
 from ..convert.sidecar import Sidecars
 from ..convert.sidecar_files import TOKENIZER_MODEL
-from ..formats.errors import UsageError
+from ..formats.errors import FormatError, NonFiniteError, UsageError
 from ..formats.sentencepiece_model import SentencePieceModel, parse
 from ..model.config import GemmaConfig
 from .runners import RUNNERS, Runner, open_runner
@@ -188,6 +188,7 @@ def open_side(
     config: str | Path | GemmaConfig | None = None,
     *,
     fix_config: bool = False,
+    gating: str | None = None,
 ) -> Iterator[Side]:
     """Open a checkpoint (any format) or a recording, told apart by ``recording.json``.
 
@@ -195,6 +196,7 @@ def open_side(
         path: what the user named, or an opened checkpoint, which stays the caller's to close.
         config: for checkpoints that carry none; wins over what the files say.
         fix_config: correct values known to be wrong in published files.
+        gating: ``df`` or ``fd``, for a Flax checkpoint whose sizes leave the orientation open.
 
     Raises:
         G2Error: it cannot be opened.
@@ -204,16 +206,26 @@ def open_side(
         return
     path = Path(path)
     if (path / RECORDING_FILE).is_file() or path.name == RECORDING_FILE:
-        from .recording_read import open_recording
-
-        with open_recording(path) as recording:
+        with _recording(path) as recording:
             yield Side(path, None, recording)
         return
-    side = Side(path, open_checkpoint(path, config=config, fix_config=fix_config), None)
+    side = Side(
+        path, open_checkpoint(path, config=config, fix_config=fix_config, gating=gating), None
+    )
     try:
         yield side
     finally:
         side.close()
+
+
+def _recording(path: Path) -> Recording:
+    """Open a recording; numbers that are none make it a damaged file, they say nothing of the weights that ran."""
+    from .recording_read import open_recording
+
+    try:
+        return open_recording(path)
+    except NonFiniteError as e:
+        raise FormatError(e.what, where=e.where, tensor=e.tensor, fix=e.fix) from e
 
 
 def config_fields(config: GemmaConfig) -> dict[str, Any]:
