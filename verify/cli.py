@@ -30,6 +30,7 @@ from .command_options import (
     report_options,
 )  # fmt: skip
 from .document import dumps, error_document, sealed
+from .document_check import check_verdict
 from .machine import peak_rss
 from .options import Options, engines, parse_shard
 from .outputs import Outputs
@@ -251,6 +252,7 @@ def render(document: Path, **o: Any) -> None:
     with Outputs({n: o.get(n) for n in makers}, (document,)) as out:
         loaded = _read_report(document)
         _check_seal(loaded, document)
+        check_verdict(loaded, document)
         for kind in out.paths:
             out.write(kind, makers[kind](loaded))
     if o["as_json"]:
