@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..model.config import GemmaConfig
@@ -17,7 +17,8 @@ from .measure import probes_of
 from .options import Options
 from .side import Side
 
-BASE_BYTES = 450 << 20  # interpreter and torch
+BASE_BYTES = 420 << 20  # interpreter, torch, sentencepiece, the report in the making
+_SCORE_COPIES = 3  # of attention scores: as computed, capped and masked, softmax
 READ_SAMPLE = 64 << 20
 _SIDE = 768  # of the square matrices whose product is timed
 # passes over the floor's tokens, in passes of the compute type: float64 (counted thrice) and four more pairs' runs
@@ -60,7 +61,7 @@ def estimate(ref: Side, cand: Side, options: Options) -> dict[str, Any]:
         "bytes_read": read,
         "bytes_per_second": round(speed),
         "seconds": round(flop / rate + read / speed, 1),
-        "memory_bytes": memory(ref, cand, options, max(lengths, default=1)),
+        "memory_bytes": memory(ref, cand, options, lengths),
         "memory_available": memory_limit(),
     }
 
@@ -77,11 +78,17 @@ def forward_flop(config: GemmaConfig, length: int, blocks: int, heads: int) -> f
     return blocks * through + heads * 2.0 * length * c.vocab_size * c.hidden_size
 
 
-def memory(ref: Side, cand: Side, options: Options, longest: int) -> int:
-    """Peak resident bytes, roughly: one block of each side, one batch of hidden states, a tile of logits."""
-    c = ref.config
-    wide = 8 if "float64" in (options.reference.computes_in, options.candidate.computes_in) else 4
-    tokens = max(options.batch_tokens, longest)
+def memory(ref: Side, cand: Side, options: Options, lengths: Sequence[int]) -> int:
+    """Peak resident bytes of probes of these lengths, roughly.
+
+    A block of each side, a batch's hidden states and attention scores, a tile of logits, all in float64: so runs the
+    noise floor.
+    """
+    from .runners.torch_runner import SCORE_BYTES
+
+    c, wide = ref.config, 8
+    longest = max(lengths, default=1)
+    tokens = max(min(options.batch_tokens, sum(lengths)), longest)
     block = 4 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) // 2
     block = (block + 3 * c.hidden_size * c.intermediate_size) * wide
     largest = max(
@@ -90,10 +97,11 @@ def memory(ref: Side, cand: Side, options: Options, longest: int) -> int:
     )  # fmt: skip
     states = tokens * (8 * c.hidden_size + 3 * c.intermediate_size) * wide
     logits = min(SCRATCH, 2 * tokens * c.vocab_size * wide) + 2 * BLOCK_ROWS * c.hidden_size * wide
+    scores = _SCORE_COPIES * min(SCORE_BYTES, tokens * longest * c.num_attention_heads * wide)
     resident = 0
     if options.candidate.options or options.reference.options:  # a mesh holds all of the model
         resident = c.num_parameters * wide
-    return int(BASE_BYTES + 2 * block + 2 * largest + states + logits + resident)
+    return int(BASE_BYTES + 2 * block + 2 * largest + states + scores + logits + resident)
 
 
 def matmul_rate() -> float:
