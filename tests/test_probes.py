@@ -274,13 +274,16 @@ def test_own_text_takes_the_documents_place(
     assert np.concatenate([p.tokens[1:] for p in own]).tolist() == tokenizer.encode(
         heldout_text()[:3000]
     )
-    assert {len(p.tokens) for p in own[:-1]} == {128}
+    assert len(own) == 8
+    assert len({len(p.tokens) for p in own[:-1]}) == 1
     assert {(p.category, p.scored) for p in own} == {("text", True)}
     assert probes.group("P3", "P10"), "the rest is run too"
     path.write_text(heldout_text(), encoding="utf-8")
     probes = build_probes(config, tokenizer, "smoke", text=str(path))
-    assert [len(p.tokens) for p in probes.group("P2")] == [512]
-    assert "my.txt after its first 511 tokens" in why(probes, "P2")
+    assert [len(p.tokens) for p in probes.group("P2")] == [64] * 8
+    assert "my.txt after its first 504 tokens" in why(probes, "P2")
+    probes = build_probes(config, tokenizer, "ci", text=str(path))
+    assert {len(p.tokens) for p in probes.group("P2")[:-1]} == {128}
 
 
 @pytest.mark.parametrize(("content", "error", "message"), [

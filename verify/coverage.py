@@ -69,12 +69,18 @@ def regimes(
     lengths = [len(p.tokens) for p in probes]
     longest, context = max(lengths, default=0), config.max_position_embeddings
     ids = np.unique(np.concatenate([p.tokens for p in probes])) if len(probes) else np.array([])
+    texts = len(probes.group("P2"))
+    scored = sum(p.scored for p in probes)
+    clusters = "documents that intervals are computed from"
+    if not texts:
+        clusters = (
+            f"no documents; intervals are computed from the {scored or len(probes)} sequences"
+        )
     rows = [
         _regime("full context", longest >= context, longest, context, "tokens of the longest probe"),
         _regime("every vocabulary row", len(ids) >= config.vocab_size, len(ids), config.vocab_size,
                 "different token ids as input; as output, every position has every row"),
-        _regime("documents", len(probes.group("P2")) >= MIN_DOCUMENTS, len(probes.group("P2")),
-                MIN_DOCUMENTS, "documents that intervals are computed from"),
+        _regime("documents", texts >= MIN_DOCUMENTS, texts, MIN_DOCUMENTS, clusters),
         _regime("kinds of text", len(kinds := {p.category for p in probes.group("P1", "P2")}) > 1,
                 len(kinds), 2, ", ".join(sorted(kinds)) or "none"),
     ]  # fmt: skip

@@ -35,6 +35,7 @@ __all__ = [
 
 Ids = npt.NDArray[np.int64]
 WINDOW_LENGTHS = (-1, 0, 1, 2, 64)  # P3: lengths relative to the window
+OWN_DOCUMENTS = 8  # pieces that a user's text is cut into at least: fewer give no interval
 TOKEN_CHARACTERS = 64  # of a text per token wanted; Gemma's longest token has 31 spaces
 
 
@@ -260,10 +261,13 @@ class _Builder:
                                 "keeps large models to few tokens.")  # fmt: skip
 
     def own_text(self, text: Text) -> None:
-        """P2: the user's text, in pieces; each is a document."""
-        step = max(1, min(self.size.document or CHUNK, self.context) - 1)
-        most = self.size.documents or 1
+        """P2: the user's text, in pieces of the profile's length or shorter; each is a document."""
+        length = self.size.document or self.size.snippet
+        step = max(1, min(length, self.context) - 1)
+        most = self.size.documents or CHUNK // length
         ids = self.encode(text, most * step + 1)
+        room = max(1, min(self.size.snippet, self.context) - 1)
+        step = min(step, max(room, -(-len(ids) // OWN_DOCUMENTS)))
         for i in range(0, min(len(ids), most * step), step):
             name = f"{text.name}:{i}"
             self.add("P2", name, text.category, name, ids[i : i + step], text.text)
