@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..formats.errors import G2Error
+from ..formats.errors import LAST_RESORT, G2Error
 from ..model.logits_stats import Record, Stats
 from ..model.logits_summary import Worst
 from .claims import ERROR, EXITS, FAIL, INCONCLUSIVE, PASS, Claim, Proof, judge, overall
@@ -74,8 +74,9 @@ def build(f: Findings) -> dict[str, Any]:
 
 def error_document(e: G2Error, kind: str = "compare", **fields: Any) -> dict[str, Any]:
     """The document of a comparison that could not be made."""
+    error = e.as_dict() | {"fix": e.fix or LAST_RESORT.get(e.code)}
     return sealed({**_EMPTY, "kind": kind, "exit_code": e.exit_code, "summary": str(e), **fields,
-                   "error": {"code": e.code, "message": str(e)}})  # fmt: skip
+                   "error": error})  # fmt: skip
 
 
 def self_test_report(
