@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,10 @@ def test_errors_are_a_document_too(
     validate(document)
     assert (document["verdict"], document["exit_code"]) == ("ERROR", status)
     assert words in document["summary"]
+    error = document["error"]
+    assert set(error) == {"code", "message", "file", "tensor", "found", "expected", "fix"}
+    assert error["code"] in err
+    assert words in f"{error['file']} {error['message']}"
     assert err.startswith("error[E_")
     assert "Traceback" not in err
     found, out, err = run(*args, capsys=capsys)
@@ -215,6 +221,42 @@ def test_estimate_runs_nothing(
     assert found["gflop_per_second"] > 0
     status, out, _ = run("compare", models["tiny"], models["flax"], "--estimate", capsys=capsys)
     assert "GFLOP" in out
+
+
+def test_the_estimate_covers_what_a_run_needs() -> None:
+    code = "from g2kit.entry import g2verify; g2verify()"
+
+    def said(*options: str) -> Any:
+        command = [sys.executable, "-c", code, "compare", SAMPLE, SAMPLE, "--json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    estimated = said("--profile", "smoke", "--estimate")["memory_bytes"] / (1 << 20)
+    needed = said("--profile", "smoke")["run"]["peak_rss_mib"]
+    assert needed < 1.1 * estimated
+    assert estimated < 1.6 * needed
+
+
+def test_only_shards_speak_of_parts(capsys: Any) -> None:
+    for command in ("compare", "weights", "merge", "self-test"):
+        out = " ".join(run(command, "--help", capsys=capsys)[1].split())
+        assert ("(with --shard: the part)" in out) == (command == "compare")
+
+
+def test_gating_of_a_flax_checkpoint_whose_sizes_do_not_tell(tmp_path: Path, capsys: Any) -> None:
+    config = small("gemma2-2b", layers=2, f=CONFIG.hidden_size)
+    weights = random_weights(config, 1)
+    for framework in ("safetensors", "flax"):
+        out = tmp_path / framework
+        made = checkpoint(config, weights)
+        convert_checkpoint(made, out, Options(framework, None), check=False)
+        for manifest in out.glob("*manifest.json"):
+            manifest.unlink()
+    args = ("weights", str(tmp_path / "safetensors"), str(tmp_path / "flax"))
+    args += ("--cand-config", str(tmp_path / "safetensors" / "config.json"))
+    assert run(*args, capsys=capsys)[0] == 3
+    found = {g: run(*args, "--gating", g, capsys=capsys)[0] for g in ("df", "fd")}
+    assert sorted(found.values()) == [0, 1]
 
 
 def test_shards_and_merge(models: dict[str, str], tmp_path: Path, capsys: Any) -> None:

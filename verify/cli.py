@@ -91,7 +91,7 @@ def g2verify(debug: bool) -> None:
               help="The same where CAND is a recording too.")  # fmt: skip
 @click.option("--shard", metavar="i/N", help="Do this share only; write the part with --report.")
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
-@report_options
+@report_options(shards=True)
 def compare(ref: Path, cand: Path, **o: Any) -> None:
     """Run REF and CAND over the same tokens, block by block, and judge how far apart they are.
 
@@ -100,7 +100,7 @@ def compare(ref: Path, cand: Path, **o: Any) -> None:
     with _work("compare", o, (ref, cand)) as work:
         options = _options(o)
         configs = (o["ref_config"] or o["config"], o["cand_config"] or o["config"])
-        fix = {"fix_config": o["fix_config"]}
+        fix = {n: o[n] for n in ("fix_config", "gating")}
         if o["only_estimate"]:
             work.data(*_estimated(ref, cand, options, configs, fix))
         elif options.shard is not None:
@@ -118,13 +118,13 @@ def compare(ref: Path, cand: Path, **o: Any) -> None:
 @path("ref")
 @path("cand")
 @config_options(two=True)
-@report_options
+@report_options()
 def weights(ref: Path, cand: Path, **o: Any) -> None:
     """Compare the weights (bit for bit, or within the bounds of their formats) and configuration of REF and CAND."""
     with _work("weights", o, (ref, cand)) as work:
         from .compare import compare_weights
 
-        names = ("config", "ref_config", "cand_config", "fix_config")
+        names = ("config", "ref_config", "cand_config", "fix_config", "gating")
         work.document(compare_weights(ref, cand, progress=work.meter, **{n: o[n] for n in names}))
 
 
@@ -150,8 +150,8 @@ def record(model: Path, out: Path, **o: Any) -> None:
     from .compare import record_model
 
     names = (
-        "runner", "dtype", "device", "mesh", "config", "fix_config", "profile", "text", "tokens",
-        "seed", "with_embedding", "overwrite",
+        "runner", "dtype", "device", "mesh", "config", "fix_config", "gating", "profile", "text",
+        "tokens", "seed", "with_embedding", "overwrite",
     )  # fmt: skip
     with Meter(quiet=o["quiet"] or o["as_json"]) as meter:
         document = record_model(
@@ -170,7 +170,7 @@ def record(model: Path, out: Path, **o: Any) -> None:
 
 @g2verify.command(short_help="Put the parts of all shards together.")
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@report_options
+@report_options()
 def merge(parts: tuple[Path, ...], **o: Any) -> None:
     """Put the parts that `compare --shard i/N --report PART` wrote together: one report, the same for any N."""
     with _work("compare", o, parts) as work:
@@ -191,7 +191,7 @@ def merge(parts: tuple[Path, ...], **o: Any) -> None:
     help="Probes to choose from.",
 )
 @click.option("--only", metavar="IDS", help="Comma-separated ids of mistakes; default all.")
-@report_options
+@report_options()
 def self_test(model: Path, **o: Any) -> None:
     """Make every known mistake in MODEL, one at a time, and print which claims noticed it and where."""
     with _work("self-test", o, (model,)) as work:
@@ -203,7 +203,7 @@ def self_test(model: Path, **o: Any) -> None:
                 model,
                 only=only,
                 progress=work.meter,
-                **{n: o[n] for n in ("config", "fix_config", "device", "profile")},
+                **{n: o[n] for n in ("config", "fix_config", "gating", "device", "profile")},
             )
         )
 
@@ -222,7 +222,7 @@ def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
     """Run MODEL over token ids and write every logit, tile by tile."""
     from .compare import logits_to_file
 
-    names = ("runner", "dtype", "device", "mesh", "config", "fix_config")
+    names = ("runner", "dtype", "device", "mesh", "config", "fix_config", "gating")
     with Outputs({"out": out}, (model, tokens)), Meter(quiet=o["quiet"] or o["as_json"]) as meter:
         found = logits_to_file(model, tokens, out, progress=meter, **{n: o[n] for n in names})
     if o["as_json"]:
@@ -369,7 +369,7 @@ def _options(o: Mapping[str, Any]) -> Options:
 
 
 def _estimated(
-    ref: Path, cand: Path, options: Options, configs: tuple[Any, Any], fix: Mapping[str, bool]
+    ref: Path, cand: Path, options: Options, configs: tuple[Any, Any], fix: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     from .estimate import estimate, lines
     from .side import open_side

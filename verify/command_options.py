@@ -27,16 +27,21 @@ def file(name: str, text: str) -> Callable[[Command], Command]:
     return click.option(f"--{name}", metavar="FILE", type=click.Path(path_type=Path), help=text)
 
 
-def report_options(f: Command) -> Command:
-    """Where a report goes."""
-    return apply(f, [
-        click.option("--json", "as_json", is_flag=True, help="Print the one JSON document to stdout."),
-        file("report", "Write the JSON document (with --shard: the part)."),
-        file("html", "Write one self-contained HTML page."),
-        file("junit", "Write JUnit XML: a test case per claim and check."),
-        file("markdown", "Write a summary of at most 40 lines."),
-        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-    ])  # fmt: skip
+def report_options(*, shards: bool = False) -> Callable[[Command], Command]:
+    """Where a report goes, or a part of one."""
+    part = " (with --shard: the part)" if shards else ""
+
+    def add(f: Command) -> Command:
+        return apply(f, [
+            click.option("--json", "as_json", is_flag=True, help="Print the one JSON document to stdout."),
+            file("report", f"Write the JSON document{part}."),
+            file("html", "Write one self-contained HTML page."),
+            file("junit", "Write JUnit XML: a test case per claim and check."),
+            file("markdown", "Write a summary of at most 40 lines."),
+            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+        ])  # fmt: skip
+
+    return add
 
 
 def config_options(two: bool) -> Callable[[Command], Command]:
@@ -48,6 +53,8 @@ def config_options(two: bool) -> Callable[[Command], Command]:
                          help="The configuration, for checkpoints that carry none; wins over what they say."),
             click.option("--fix-config", is_flag=True,
                          help="Correct values known to be wrong in published files."),
+            click.option("--gating", type=click.Choice(["df", "fd"]),
+                         help="Orientation of Flax gating matrices, [2, d, f] or [2, f, d], where sizes do not tell."),
         ]  # fmt: skip
         if two:
             options += [

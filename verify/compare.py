@@ -49,6 +49,7 @@ def compare(
     ref_config: Config = None,
     cand_config: Config = None,
     fix_config: bool = False,
+    gating: str | None = None,
     budget: float | str | None = None,
     k: float = 10.0,
     seed: int = 0,
@@ -73,6 +74,7 @@ def compare(
         ref_config: of the reference only.
         cand_config: of the candidate only.
         fix_config: correct values known to be wrong in published files.
+        gating: ``df`` or ``fd``, for Flax checkpoints whose sizes leave the orientation open.
         budget: mean KL in nats that changed weights may cost; default the preset of the candidate's bits.
         k: thresholds are this many times the measured noise floor.
         seed: of pseudo-random token ids.
@@ -90,7 +92,9 @@ def compare(
     )  # fmt: skip
     options = Options(profile, one, two, text, tokens, budget, k, seed)
     configs = (ref_config or config, cand_config or config)
-    return document_of(ref, cand, options, configs, fix_config=fix_config, progress=progress)
+    return document_of(
+        ref, cand, options, configs, fix_config=fix_config, gating=gating, progress=progress
+    )
 
 
 def compare_weights(
@@ -101,12 +105,20 @@ def compare_weights(
     ref_config: Config = None,
     cand_config: Config = None,
     fix_config: bool = False,
+    gating: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Claims W1, W2 and C0 only: nothing is run. See :func:`compare`."""
     configs = (ref_config or config, cand_config or config)
     return document_of(
-        ref, cand, Options(), configs, fix_config=fix_config, run=False, progress=progress
+        ref,
+        cand,
+        Options(),
+        configs,
+        fix_config=fix_config,
+        gating=gating,
+        run=False,
+        progress=progress,
     )
 
 
@@ -117,13 +129,21 @@ def document_of(
     configs: tuple[Config, Config] = (None, None),
     *,
     fix_config: bool = False,
+    gating: str | None = None,
     run: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """:func:`compare` with its options as one object."""
     try:
         part = part_of(
-            ref, cand, options, configs, fix_config=fix_config, run=run, progress=progress
+            ref,
+            cand,
+            options,
+            configs,
+            fix_config=fix_config,
+            gating=gating,
+            run=run,
+            progress=progress,
         )
     except NonFiniteError as e:
         return non_finite(e, "compare" if run else "weights")
@@ -137,13 +157,14 @@ def part_of(
     configs: tuple[Config, Config] = (None, None),
     *,
     fix_config: bool = False,
+    gating: str | None = None,
     run: bool = True,
     progress: Progress | None = None,
 ) -> Part:
     """Measurements only: a shard where ``options`` say so, to be put together by :func:`merge`."""
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(open_side(path, config, fix_config=fix_config))
+            stack.enter_context(open_side(path, config, fix_config=fix_config, gating=gating))
             for path, config in zip((ref, cand), configs, strict=True)
         ]
         return measure(sides[0], sides[1], options, run=run, progress=progress)
@@ -176,6 +197,7 @@ def record_model(
     mesh: str | None = None,
     config: Config = None,
     fix_config: bool = False,
+    gating: str | None = None,
     profile: str = "ci",
     text: str | Path | None = None,
     tokens: str | Path | npt.NDArray[Any] | None = None,
@@ -201,6 +223,7 @@ def record_model(
         mesh: for the jax runner.
         config: configuration, for a checkpoint that carries none.
         fix_config: correct values known to be wrong in published files.
+        gating: ``df`` or ``fd``, for Flax checkpoints whose sizes leave the orientation open.
         profile: how much to run.
         text: file whose documents replace the built-in ones.
         tokens: ``.npy`` of ids that replace them.
@@ -218,7 +241,7 @@ def record_model(
     engine, _ = engines(runner=runner, dtype=dtype, device=device, mesh=mesh)
     options = Options(profile, engine, engine, text, tokens, seed=seed)
     meter = progress or Silent()
-    with open_side(model, config, fix_config=fix_config) as side:
+    with open_side(model, config, fix_config=fix_config, gating=gating) as side:
         check_output(out, side.opened, overwrite=overwrite)
         probes = probes_of(side, side, options)
         noise = side_floor(side, options, list(probes), engine.computes_in) if floor else None
@@ -235,6 +258,7 @@ def self_test_document(
     *,
     config: Config = None,
     fix_config: bool = False,
+    gating: str | None = None,
     device: str | None = None,
     profile: str = "ci",
     only: Sequence[str] = (),
@@ -247,6 +271,7 @@ def self_test_document(
         only: ids of mistakes; default all.
         config: configuration, for a checkpoint that carries none.
         fix_config: correct values known to be wrong in published files.
+        gating: ``df`` or ``fd``, for Flax checkpoints whose sizes leave the orientation open.
         device: of the runner.
         profile: how much to run.
         progress: told of bytes and tokens.
@@ -263,7 +288,7 @@ def self_test_document(
     engine, _ = engines(dtype="float32", device=device)
     options = Options(profile, engine, engine)
     meter = progress or Silent()
-    with open_side(model, config, fix_config=fix_config) as side:
+    with open_side(model, config, fix_config=fix_config, gating=gating) as side:
         known = [m.id for m in mutants(side.opened)]
         if unknown := sorted(set(only) - set(known)):
             raise UsageError(
@@ -290,6 +315,7 @@ def logits_to_file(
     mesh: str | None = None,
     config: Config = None,
     fix_config: bool = False,
+    gating: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """A model's logits as a ``.npy`` file, float32 ``[batch, positions, vocab]``, never all of it in memory.
@@ -304,6 +330,7 @@ def logits_to_file(
         mesh: for the jax runner.
         config: configuration, for a checkpoint that carries none.
         fix_config: correct values known to be wrong in published files.
+        gating: ``df`` or ``fd``, for Flax checkpoints whose sizes leave the orientation open.
         progress: told of bytes and tokens.
 
     Returns:
@@ -318,7 +345,7 @@ def logits_to_file(
     engine, _ = engines(runner=runner, dtype=dtype, device=device, mesh=mesh)
     meter = progress or Silent()
     with (
-        open_side(model, config, fix_config=fix_config) as side,
+        open_side(model, config, fix_config=fix_config, gating=gating) as side,
         side.open_runner(engine) as running,
     ):
         meter.start(int(ids.size), "logits", "tokens")
