@@ -19,6 +19,7 @@ from g2kit.verify.identity import (
     FUNCTION,
     KINDS,
     NOTE,
+    SETTINGS,
     SIZE,
     USE,
     compare_identity,
@@ -128,6 +129,33 @@ def test_other_scores_give_other_ids() -> None:
     assert any("tokenizer.scores[" in n for n in names)
     assert any("corpus text" in n for n in names)
     assert {d.kind for d in found.differences} == {FUNCTION}
+
+
+def test_the_settings_are_all_that_is_not_by_id() -> None:
+    by_id = {"pieces", "scores", "types"}
+    assert {*SETTINGS, *by_id} == set(SentencePieceModel.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("add_dummy_prefix", True), ("remove_extra_whitespaces", True),
+    ("treat_whitespace_as_suffix", True), ("escape_whitespaces", False),
+])  # fmt: skip
+def test_settings_of_the_tokenizer_are_compared(name: str, value: object) -> None:
+    other = rewritten(parse(MODEL), **{name: value})
+    found = compare_identity(side(tokenizer=MODEL), side(tokenizer=other)).differences
+    assert (f"tokenizer.{name}", FUNCTION) in [(d.field, d.kind) for d in found]
+
+
+@pytest.mark.parametrize("kind", [PieceType.USER_DEFINED, PieceType.NORMAL])
+def test_types_and_scores_are_compared_by_id(kind: PieceType) -> None:
+    m = parse(MODEL)
+    i = [k for k, t in enumerate(m.types) if t is kind][-1]
+    types = tuple(PieceType.UNUSED if k == i else t for k, t in enumerate(m.types))
+    scores = [s - 0.5 if k == i else s for k, s in enumerate(m.scores)]
+    for name, values in (("types", types), ("scores", scores)):
+        other = rewritten(m, **{name: values})
+        found = compare_identity(side(tokenizer=MODEL), side(tokenizer=other)).differences
+        assert (f"tokenizer.{name}[{i}]", FUNCTION) in [(d.field, d.kind) for d in found]
 
 
 def test_many_differences_are_counted() -> None:

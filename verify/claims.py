@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..formats.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INPUT, EXIT_OK, UsageError
@@ -163,6 +163,8 @@ def _named(rows: Sequence[Row]) -> str:
 
 def _c0(e: Evidence, rule: Rule) -> Claim:
     found = e.identity
+    if found.pieces is None:
+        rule = replace(rule, title="The configuration is the same")
     size, wrong = found.of(SIZE), found.of(FUNCTION, USE)
     what = f"{found.fields} configuration fields"
     what += f" and {found.pieces} tokenizer pieces" if found.pieces is not None else ""

@@ -7,16 +7,19 @@ differently; where such a value was only assumed (from a released model's shapes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from ..convert.sidecar_files import TOKENIZER_MODEL
 from ..formats.errors import printable
 from ..formats.sentencepiece_model import PieceType, SentencePieceModel
 from ..model.config import GemmaConfig
 from .config_file import file_differences, replaced_file, stated_types
 from .side import Side, config_fields
+from .side_files import only_one, side_file_differences
 from .tokenizer import SentencePieceTokenizer
 
 SIZE, FUNCTION, USE, NOTE = "size", "function", "use", "note"
@@ -34,6 +37,11 @@ _ASSUMED = ("shapes", "preset ", "default of every Gemma", "llama.cpp's rule")
 _ROUNDED = {"query_pre_attn_scalar", "rope_theta", "rms_norm_eps", "attn_logit_softcapping",
             "final_logit_softcapping"}  # fmt: skip
 _SHOWN = 20
+# what a tokenizer.model says of all pieces: how text is split, and normalised before
+SETTINGS = (
+    "model_type", "byte_fallback", "treat_whitespace_as_suffix", "add_dummy_prefix",
+    "remove_extra_whitespaces", "escape_whitespaces", "charsmap", "names",
+)  # fmt: skip
 # short texts in several scripts; what counts is that both tokenizers give the same ids
 CORPUS: tuple[str, ...] = (
     "The quick brown fox jumps over the lazy dog.",
@@ -120,6 +128,12 @@ def compare_identity(ref: Side, cand: Side) -> Identity:
         who = "neither side carries" if len(lacking) == 2 else f"the {lacking[0]} carries"
         a = "a" if len(lacking) == 2 else "no"
         untested.append(f"Tokenizers were not compared: {who} {a} tokenizer.")
+    differences += [
+        Difference(field, a, b, USE if counts else NOTE)
+        for field, a, b, counts in side_file_differences(ref, cand)
+    ]
+    if (alone := only_one(ref, cand)) is not None:
+        untested.append(alone)
     return Identity(tuple(differences), len(KINDS), pieces, tuple(untested))
 
 
@@ -143,7 +157,7 @@ def config_differences(
 
 
 def tokenizer_differences(ref: Side, cand: Side) -> Iterator[Difference]:
-    """Where two tokenizers differ: pieces and scores by id, then the ids of :data:`CORPUS`."""
+    """Where two tokenizers differ: pieces, scores and types by id, settings, the ids of :data:`CORPUS`."""
     one, two = ref.tokenizer, cand.tokenizer
     assert one is not None
     assert two is not None
@@ -154,20 +168,53 @@ def tokenizer_differences(ref: Side, cand: Side) -> Iterator[Difference]:
     if len(texts) > _SHOWN:
         kind = SIZE if any(d.kind == SIZE for d in texts) else FUNCTION
         yield Difference("tokenizer.pieces that differ", 0, len(texts), kind)
-    scores = [
-        i for i, (a, b) in enumerate(zip(one.scores, two.scores, strict=False))
-        if a != b and _ordinary(one, i)
-    ]  # fmt: skip
-    for i in scores[:_SHOWN]:
-        yield Difference(f"tokenizer.scores[{i}]", one.scores[i], two.scores[i], FUNCTION)
-    if len(scores) > _SHOWN:
-        yield Difference("tokenizer.scores that differ", 0, len(scores), FUNCTION)
+    rebuilt = _rebuilt(ref) or _rebuilt(cand)
+    yield from _column_differences("scores", one, two, rebuilt)
+    yield from _column_differences("types", one, two, rebuilt)
+    for name in SETTINGS:
+        a, b = (_setting(m, name) for m in (one, two))
+        if a != b:
+            yield Difference(f"tokenizer.{name}", a, b, FUNCTION)
     ids = (encode(ref.tokenizer_bytes), encode(cand.tokenizer_bytes))
     for i, (a, b) in enumerate(zip(*ids, strict=True)):
         if a != b:
             at = next(k for k, pair in enumerate(zip_longest(a, b)) if pair[0] != pair[1])
             yield Difference(f"tokenizer ids of corpus text {i}, from token {at}",
                              a[at : at + 8], b[at : at + 8], FUNCTION)  # fmt: skip
+
+
+def _column_differences(
+    name: str, one: SentencePieceModel, two: SentencePieceModel, rebuilt: bool
+) -> Iterator[Difference]:
+    """Scores or types that differ, by id.
+
+    A vocabulary rebuilt from GGUF has those of ordinary pieces only: of the others they are notes.
+    """
+    columns = zip(getattr(one, name), getattr(two, name), strict=False)
+    found = [(i, a, b) for i, (a, b) in enumerate(columns) if a != b]
+    for counts in (True, False):
+        kind = FUNCTION if counts else NOTE
+        listed = [
+            row for row in found
+            if (not rebuilt or _ordinary(one, row[0]) or _ordinary(two, row[0])) is counts
+        ]  # fmt: skip
+        for i, a, b in listed[:_SHOWN]:
+            shown = (a.name, b.name) if isinstance(a, PieceType) else (a, b)
+            yield Difference(f"tokenizer.{name}[{i}]", shown[0], shown[1], kind)
+        if len(listed) > _SHOWN:
+            yield Difference(f"tokenizer.{name} that differ", 0, len(listed), kind)
+
+
+def _rebuilt(side: Side) -> bool:
+    """Whether the tokenizer was made from another file, which keeps less."""
+    return side.sidecars is not None and TOKENIZER_MODEL in side.sidecars.origins
+
+
+def _setting(model: SentencePieceModel, name: str) -> Any:
+    value = getattr(model, name)
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes, sha256 {hashlib.sha256(value).hexdigest()[:16]}"
+    return value
 
 
 def piece_differences(one: SentencePieceModel, two: SentencePieceModel) -> list[Difference]:
