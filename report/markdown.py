@@ -10,20 +10,26 @@ from .parts import Document, evaluated
 
 LINES = 40
 _WIDTH = 300
+_ALIKE = str.maketrans("`|<>&", "ˋ¦‹›＆")
 _MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "ERROR": "⚠️"}
 
 
 def plain(text: str, limit: int = _WIDTH) -> str:
     """Text that Markdown takes as text: one line, no markup, no link, no mention, no cell border."""
     shown = clip(visible(text), limit)
-    escaped = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", shown)
+    escaped = re.sub(r"([\\*_{}\[\]#~!])|([<>&|`])", _escaped, shown)
     # a word joiner keeps @name and www./http: from becoming mentions and links
     return re.sub(r"@(?=\w)|(?<=http)(?=s?:)|(?<=www)(?=\.)", lambda m: m[0] + "\u2060", escaped)
 
 
+def _escaped(found: re.Match[str]) -> str:
+    """What could open HTML, a cell or code as an entity: not every reader of Markdown takes a backslash before it."""
+    return f"\\{found[1]}" if found[1] else f"&#{ord(found[2])};"
+
+
 def code(text: str, limit: int = 120) -> str:
-    """Text as a code span."""
-    return f"`{clip(visible(text), limit).replace('`', 'ˋ').replace('|', '¦')}`"
+    """Text as a code span, in which nothing can be escaped: what could be markup is put by a look-alike."""
+    return f"`{clip(visible(text), limit).translate(_ALIKE)}`"
 
 
 def markdown(document: Document) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from .markdown import code, plain
 from .numerals import count
@@ -74,11 +75,16 @@ def _front_matter(document: Document) -> list[str]:
         '  - name: ""',
         "    results:",
         "    - task: {type: text-generation}",
-        f"      dataset: {{name: {json.dumps(_probes(document))}, type: probes}}",
+        f"      dataset: {{name: {_quoted(_probes(document))}, type: probes}}",
         "      metrics:",
         *metrics,
         "```",
     ]
+
+
+def _quoted(text: str) -> str:
+    """A YAML string without anything that is markup where the fragment is shown as it is."""
+    return re.sub(r"[<>&`]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(text))
 
 
 def _probes(document: Document) -> str:

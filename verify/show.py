@@ -8,9 +8,12 @@ from typing import Any
 
 import click
 
+from ..formats.errors import printable
+
 COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "ERROR": "red"}
 WIDTH = 110
 _LISTED = 8
+_LONGEST = 4000  # characters of a sentence
 
 
 def report(document: Mapping[str, Any]) -> str:
@@ -25,7 +28,9 @@ def claims(document: Mapping[str, Any]) -> str:
 
 def _judged(d: Mapping[str, Any]) -> Iterator[str]:
     for claim in d["claims"]:
-        yield from _wrapped(f"{_verdict(claim['verdict'])}  {claim['id']}  ", claim["sentence"])
+        yield from _wrapped(
+            f"{_verdict(claim['verdict'])}  {_text(claim['id'])}  ", claim["sentence"]
+        )
         for missing in claim["missing"]:
             yield from _wrapped(" " * 18 + "missing: ", missing)
     yield from _where(d)
@@ -51,10 +56,13 @@ def _lines(d: Mapping[str, Any]) -> Iterator[str]:
 def _side(name: str, side: Mapping[str, Any]) -> str:
     what = side["format"] or side["kind"]
     types = ", ".join(f"{n} {t}" for t, n in (side["dtypes"] or {}).items())
+    types = f": {types}" if types else ""
     runner = side["runner"]
     by = f"; run by {runner['name']} in {runner['dtype']}" if runner else ""
-    mark = f"\n{'':14}{side['fingerprint']}" if side["fingerprint"] else ""
-    return f"{name:12}  {side['path']} ({what}{': ' if types else ''}{types}{by}){mark}"
+    mark = f"\n{'':14}{_text(side['fingerprint'])}" if side["fingerprint"] else ""
+    path = printable(str(side["path"]), _LONGEST)  # spaces as they are
+    about = _text(f"{what}{types}{by}")
+    return f"{name:12}  {path} ({about}){mark}"
 
 
 def _scope(d: Mapping[str, Any]) -> str:
@@ -73,18 +81,25 @@ def _where(d: Mapping[str, Any]) -> Iterator[str]:
         return
     place = blocks["first_divergent"] or blocks.get("outside_blocks")
     if place:
-        yield f"parts at      {place['text']}"
+        text = place.get("text") or f"block {place.get('layer')}"  # documents of others may lack it
+        yield f"parts at      {_text(text)}"
     for h in blocks["hypotheses"]:
         yield from _wrapped("perhaps       ", f"{h['text']} ({h['because']})")
 
 
 def _self_test(found: Mapping[str, Any]) -> Iterator[str]:
-    width = max(len(m["title"]) for m in found["mutants"])
-    for m in found["mutants"]:
-        by = ", ".join(m["caught_by"]) or "nothing"
+    titles = [_text(m["title"]) for m in found["mutants"]]
+    width = max(map(len, titles))
+    for m, title in zip(found["mutants"], titles, strict=True):
+        by = _text(", ".join(m["caught_by"])) or "nothing"
         place = "at the right place" if m["right_place"] else "at the wrong place"
         verdict = "PASS" if m["caught_by"] and m["right_place"] else "FAIL"
-        yield f"{_verdict(verdict)}  {m['title']:{width}}  caught by {by}, {place}"
+        yield f"{_verdict(verdict)}  {title:{width}}  caught by {by}, {place}"
+
+
+def _text(text: str) -> str:
+    """Text from a document, which may be anybody's: nothing in it steers the terminal or hides."""
+    return printable(" ".join(text.split()), _LONGEST)
 
 
 def _verdict(verdict: str) -> str:
@@ -93,6 +108,6 @@ def _verdict(verdict: str) -> str:
 
 def _wrapped(head: str, text: str) -> Iterator[str]:
     width = len(click.unstyle(head))
-    lines = textwrap.wrap(text, WIDTH - width) or [""]
+    lines = textwrap.wrap(_text(text), WIDTH - width) or [""]
     yield head + lines[0]
     yield from (" " * width + line for line in lines[1:])
