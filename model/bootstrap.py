@@ -137,7 +137,8 @@ def quantile_interval(
 
 
 def _too_few(count: int) -> str:
-    return f"{count} documents are too few to resample, at least {MIN_DOCUMENTS} are needed"
+    words = "document is" if count == 1 else "documents are"
+    return f"{count} {words} too few to resample, at least {MIN_DOCUMENTS} are needed"
 
 
 def _draw(rng: np.random.Generator, count: int, draws: int) -> Iterator[np.ndarray[Any, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from verify_cases import sample_floor
 
 from g2kit.formats.errors import UsageError
 from g2kit.model.bootstrap import Interval
@@ -22,6 +23,7 @@ from g2kit.verify.claims import (
     more_documents,
     overall,
 )
+from g2kit.verify.evidence import _limits as limits_of
 from g2kit.verify.identity import FUNCTION, NOTE, SIZE, Difference, Identity
 from g2kit.verify.weights import EQUAL, NARROWED, QUANTIZED, Row
 
@@ -245,3 +247,22 @@ def test_the_worst_verdict_counts() -> None:
     assert of("INCONCLUSIVE", "FAIL", "PASS") == "FAIL"
     assert of("FAIL", "ERROR") == "ERROR"
     assert of() == "INCONCLUSIVE"
+
+
+def test_limits_are_labelled_with_their_own_factor() -> None:
+    limits = replace(LIMITS, root_source="3.16 x floor")
+    found = claims(
+        replace(measured(rms_max=2e-5, block_error=0.0, block_threshold=1.0), limits=limits)
+    )["L1"]
+    assert "3.16 x floor allows 1e-05" in found.sentence
+    sources = {p.metric: p.source for p in found.evidence}
+    assert sources["KL, maximum"] == sources["KL, mean"] == LIMITS.source
+    assert sources["a block's own relative error, maximum"] == "3.16 x floor"
+    assert limits_of(sample_floor()).root_source.startswith("3.16 x floor (")
+    assert limits_of(sample_floor()).source.startswith("10 x floor (")
+
+
+def test_one_difference_is_no_plural() -> None:
+    other = Identity((Difference("sliding_window", 4096, None, FUNCTION),), 18, None)
+    found = claims(replace(BASE, identity=other))["C0"]
+    assert found.sentence.startswith("1 difference (reference / candidate): ")

@@ -350,6 +350,18 @@ def test_wrong_options(options: dict[str, Any]) -> None:
 # ---- figures
 
 
+def test_an_overflow_is_traced_to_the_damaged_tensor() -> None:
+    report = overflowing()
+    name = canonical.UP.format(i=2)
+    said = report["blocks"]["hypotheses"]
+    assert [h["text"].split(":")[0] for h in said] == [f"{name} is damaged"]
+    assert "in the reference, 9.96921e+37 in the candidate" in said[0]["text"]
+    document, position, _ = report["metrics"]["first_non_finite"]
+    sentence = next(c["sentence"] for c in report["claims"] if c["id"] == "L1")
+    assert "output of block 2, position" in sentence
+    assert sentence.endswith(f"; in the logits at position {position} of {document} too.")
+
+
 def test_flips_beyond_the_noise_are_counted() -> None:
     gate, up = canonical.GATE.format(i=2), canonical.UP.format(i=2)
     exchanged = {gate: WEIGHTS[up], up: WEIGHTS[gate]}

@@ -14,6 +14,7 @@ from g2kit.model.logits_stats import Record, Stats
 from g2kit.verify.block_errors import EMBEDDING, Trace
 from g2kit.verify.hypotheses import _FIELDS, RULES, Pattern, hypotheses, pattern_of
 from g2kit.verify.identity import FUNCTION, KINDS
+from g2kit.verify.ledger import EQUAL, Row
 from g2kit.verify.lockstep import Inside, LockstepResult, NonFinite
 from g2kit.verify.runners import TAPS
 
@@ -110,7 +111,21 @@ def test_intermediates_alone_are_enough() -> None:
 
 def test_a_nan_is_a_divergence() -> None:
     r = result({}, non_finite=[NonFinite(1, "p", 7, "candidate")])
-    assert "layer 1" in first(r)
+    assert "layer 1 is damaged" in first(r)
+    r = result({}, non_finite=[NonFinite(EMBEDDING, "p", 7, "candidate")])
+    assert "the embedding is damaged" in first(r)
+
+
+def test_a_nan_is_put_down_to_the_tensors_that_differ() -> None:
+    r = result({2: (0.1, 0)}, non_finite=[NonFinite(1, "p", 7, "candidate")])
+    good = Row("good", (2,), "bf16", "bf16", EQUAL, "PASS", 2, 0)
+    other = replace(good, name="other", verdict="FAIL", different=1, note="first difference at [1]")
+    bad = replace(other, name="bad", nonfinite=1, note="1 element is NaN or infinite")
+    texts = [h.text for h in hypotheses(r, sample_floor(), rows=[good, other, bad])]
+    assert texts == [
+        "bad is damaged: 1 element is NaN or infinite",
+        "other is damaged: first difference at [1]",
+    ]
 
 
 def test_differences_of_configurations_come_first_where_they_fit() -> None:
@@ -119,13 +134,32 @@ def test_differences_of_configurations_come_first_where_they_fit() -> None:
     r = result({0: (0.1, 32), 2: (0.1, 32)})
     texts = [h.text for h in hypotheses(r, sample_floor(), differences=[theta, window])]
     assert texts[0] == "the configurations differ in sliding_window: 64 and 32"
-    assert len(texts) == 2
-    assert not any("rope" in t for t in texts)
+    assert len(texts) == 1, "the rule would only say so again"
+    cap = {"field": "final_logit_softcapping", "reference": 30.0, "candidate": None}
+    texts = [
+        h.text for h in hypotheses(result({}, kl=1e-3), sample_floor(), differences=[theta, cap])
+    ]
+    assert texts == ["the configurations differ in final_logit_softcapping: 30 and none"]
+    # a weight is no matter of configuration
+    texts = [h.text for h in hypotheses(result({2: (0.1, 0)}), sample_floor(), differences=[cap])]
+    assert texts == ["a weight of layer 2 is wrong"]
 
 
 def test_every_rule_can_be_reached_and_says_something() -> None:
     base = Pattern("one", "all", None, "large", None, 1, 2, 0, WINDOW, False)
-    layers = ("embedding", "one", "two", "local", "global", "all", "some", "final", "head", "from")
+    layers = (
+        "embedding",
+        "one",
+        "two",
+        "local",
+        "global",
+        "all",
+        "some",
+        "final",
+        "head",
+        "from",
+        "nan",
+    )
     reached = set()
     for name, where, tap, size, diagonal, lossy, at in itertools.product(
         layers,
@@ -143,7 +177,7 @@ def test_every_rule_can_be_reached_and_says_something() -> None:
         rule = next((r for r in RULES if r.fits(p)), None)
         if rule is not None:
             reached.add(rule)
-            assert "{" not in rule.text.format(first=1, second=2)
+            assert "{" not in rule.text.format(first=1, second=2, place="x")
     assert reached == set(RULES)
 
 

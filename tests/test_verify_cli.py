@@ -107,7 +107,7 @@ def test_every_output_of_a_comparison(models: dict[str, str], tmp_path: Path, ca
 def test_a_broken_weight_exits_1(models: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     status, out, _ = run("weights", models["tiny"], models["broken"], capsys=capsys)
     assert status == 1
-    assert f"{BROKEN} (first difference at [3, 4])" in " ".join(out.split())
+    assert f"{BROKEN} (first difference at [3, 4]: " in " ".join(out.split())
     report = tmp_path / "r.json"
     args = (
         "compare",
@@ -235,6 +235,16 @@ def test_the_estimate_covers_what_a_run_needs() -> None:
     needed = said("--profile", "smoke")["run"]["peak_rss_mib"]
     assert needed < 1.1 * estimated
     assert estimated < 1.6 * needed
+
+
+def test_what_smoke_leaves_out_is_one_plain_line(models: dict[str, str], capsys: Any) -> None:
+    args = ("compare", models["tiny"], models["flax"], "--profile", "smoke", "--json")
+    said = json.loads(run(*args, capsys=capsys)[1])["not_verified"]
+    (line,) = [s for s in said if "profile" in s]
+    assert line.startswith("By design, the smoke profile runs only a part or nothing of: ")
+    assert "lengths around the sliding window (P3)" in line
+    assert not any("left out" in s or "lengths [" in s for s in said)
+    assert all(f"P{i}" in run("compare", "--help", capsys=capsys)[1] for i in range(11))
 
 
 def test_only_shards_speak_of_parts(capsys: Any) -> None:

@@ -51,11 +51,27 @@ def test_one_bit_is_noticed_and_placed(ref: Weights) -> None:
     bits[3, 5] ^= 1
     row = ledger(ref, changed(ref, Q0, bits.view(BF16)))[Q0]
     assert (row.verdict, row.different, row.equal) == ("FAIL", 1, bits.size - 1)
-    assert "first difference at [3, 5]" in row.note
+    one, two = (float(w[3, 5]) for w in (ref[Q0], bits.view(BF16)))
+    assert row.note == (
+        f"first difference at [3, 5]: {one:.6g} in the reference, {two:.6g} in the candidate; "
+        f"1 of {bits.size} elements differs"
+    )
     assert row.max_steps == pytest.approx(1)
     assert row.hash != row.reference_hash
     assert row.sqnr_db is not None
     assert row.sqnr_db > 40
+
+
+def test_a_nan_is_shown_with_what_it_was(ref: Weights) -> None:
+    w = ref[Q0].copy()
+    w[3, 5] = np.nan
+    row = ledger(ref, changed(ref, Q0, w))[Q0]
+    was = f"{float(ref[Q0][3, 5]):.6g} in the reference, nan in the candidate"
+    assert row.note == f"1 element is NaN or infinite, the first at [3, 5] ({was})"
+    w[2, 5] = 7
+    row = ledger(ref, changed(ref, Q0, w))[Q0]
+    assert "the first at [3, 5]; first difference at [2, 5]: " in row.note
+    assert row.note.endswith(f"7 in the candidate; 2 of {w.size} elements differ")
 
 
 def test_minus_zero_is_another_value(ref: Weights) -> None:

@@ -108,14 +108,16 @@ class Limits:
 
     Attributes:
         kl_max, rms_max: k times, sqrt(k) times the floor; None where no estimator gave one.
-        source: in words, such as ``10 x floor (float64 run)``; where there is no floor, why.
+        source: of KL's, in words, such as ``10 x floor (float64 run)``; where there is no floor, why.
         kl_mean: k times the floor of the mean.
+        root_source: of the others', with the root of k; "" where it is ``source``.
     """
 
     kl_max: float | None
     rms_max: float | None
     source: str
     kl_mean: float | None = None
+    root_source: str = ""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ def _c0(e: Evidence, rule: Rule) -> Claim:
         text = f"The two are different models: {_listed(size)}"
         return rule.claim(ERROR, f"{text}. Compare two checkpoints of one model.", proof)
     if wrong:
-        text = f"{len(wrong)} differences (reference / candidate): {_listed(wrong)}"
+        many = "difference" if len(wrong) == 1 else "differences"
+        text = f"{len(wrong)} {many} (reference / candidate): {_listed(wrong)}"
         return rule.claim(FAIL, f"{text}.", proof)
     notes = found.of(NOTE)
     tail = f" Not counted: {_listed(notes)}." if notes else ""
@@ -256,10 +257,11 @@ def _proofs(m: Measured, limits: Limits | None) -> list[Proof]:
     source = limits.source if limits else "no floor"
     if limits is None:
         limits = Limits(None, None, source)
+    root = limits.root_source or source
     proof = [
         Proof("KL, maximum", m.kl_max, None, limits.kl_max, "nats", source),
         Proof("KL, mean", m.kl_mean, None, limits.kl_mean, "nats", source),
-        Proof("RMS logit difference, maximum", m.rms_max, None, limits.rms_max, "", source),
+        Proof("RMS logit difference, maximum", m.rms_max, None, limits.rms_max, "", root),
     ]  # fmt: skip
     if m.block_error is not None:
         proof.append(
@@ -269,7 +271,7 @@ def _proofs(m: Measured, limits: Limits | None) -> list[Proof]:
                 None,
                 m.block_threshold,
                 "",
-                source,
+                root,
             )
         )
     return proof

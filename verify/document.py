@@ -275,6 +275,7 @@ def _blocks(f: Findings) -> dict[str, Any]:
         f.floor,
         inside=f.inside,
         differences=f.part["identity"]["differences"],
+        rows=f.rows or (),
         lossy=lossy,
     )
     found["hypotheses"] = [h.to_json() for h in guesses]

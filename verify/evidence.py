@@ -16,6 +16,7 @@ from .divergence import Divergence, Inside, divergent
 from .floor import Floor
 from .identity import Difference, Identity
 from .lockstep import LockstepResult
+from .probes import GROUPS
 from .weights import Row, fingerprints
 
 DOCUMENTS = "P2"  # the group intervals are computed from
@@ -127,7 +128,7 @@ def not_verified(f: Findings) -> list[str]:
     if f.result is None:
         said.append("The models were not run.")
         return said
-    said += [f"{s['group']} was left out: {_sentence(s['why'])}" for s in part["probes"]["skipped"]]
+    said += _left_out(part["probes"])
     for r in (part["coverage"] or {}).get("regimes", []):
         if not r["exercised"] and r["name"] not in required(part):
             amount = "" if r["value"] is None else f" ({r['value']:g} of {r['needed']:g})"
@@ -139,6 +140,21 @@ def not_verified(f: Findings) -> list[str]:
     if part["candidate"]["quantized"] and f.kernel is None:
         said.append(
             "The kernel that serves the packed weights was not run; --cand-runner names it."
+        )
+    return said
+
+
+def _left_out(probes: Mapping[str, Any]) -> list[str]:
+    """Groups of probes that were not run, or not all of: those that the profile leaves out in one sentence."""
+    named = [
+        (f"{GROUPS.get(s['group'], 'probes')} ({s['group']})", s["why"]) for s in probes["skipped"]
+    ]
+    chosen = f"the {probes['profile']} profile"
+    by_design = list(dict.fromkeys(name for name, why in named if chosen in why))
+    said = [f"Not run: {name}: {_sentence(why)}" for name, why in named if chosen not in why]
+    if by_design:
+        said.insert(
+            0, f"By design, {chosen} runs only a part or nothing of: {', '.join(by_design)}."
         )
     return said
 
@@ -175,10 +191,12 @@ def _limits(floor: Floor | None) -> Limits | None:
     if floor is None:
         return None
     best = max(floor.estimators, key=lambda e: e.kl_max)
-    source = f"{floor.k:g} x floor ({best.name}, {floor.dtype})"
+    sources = [
+        f"{x:.3g} x floor ({best.name}, {floor.dtype})" for x in (floor.k, math.sqrt(floor.k))
+    ]
     names = ("kl_max", "kl_mean", "rms_logit")
     largest, mean, rms = (floor.threshold(n) for n in names)
-    return Limits(largest, rms, source, mean)
+    return Limits(largest, rms, sources[0], mean, sources[1])
 
 
 def _summary(result: LockstepResult | None) -> Summary | None:
@@ -273,7 +291,11 @@ def _non_finite(result: LockstepResult, summary: Summary) -> str | None:
         who = "both sides'" if len(sides) == 2 else f"the {hidden.side}'s"
         names = {-1: "the embedding", len(result.blocks): "the final norm"}
         where = names.get(hidden.layer, f"block {hidden.layer}")
-        return f"first in {who} output of {where}, position {hidden.position} of {hidden.probe}"
+        text = f"first in {who} output of {where}, position {hidden.position} of {hidden.probe}"
+        logits = summary.first_non_finite
+        if logits is None or logits[:2] == (hidden.probe, hidden.position):
+            return text
+        return f"{text}; in the logits at position {logits[1]} of {logits[0]} too"
     if summary.first_non_finite is None:
         return None
     document, position, side = summary.first_non_finite

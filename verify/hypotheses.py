@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .divergence import Divergence, Inside, divergent
+from .ledger import Row
 from .lockstep import LockstepResult
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Pattern:
 
     Attributes:
         layers: ``embedding``, ``one``, ``two``, ``local``, ``global``, ``all``, ``some``, ``final``, ``head``; ``from`` where
-            only accumulated errors are known.
+            only accumulated errors are known; ``nan`` where the first layer to differ is not finite.
         positions: ``all``, or ``far``: from the window on, give or take one.
         tap: the first intermediate beyond the floor in the first of these blocks; None where nobody looked.
         size: ``small`` or ``large`` relative error.
@@ -71,7 +72,7 @@ class Pattern:
 class Rule:
     """One known mistake: every condition that is given must hold; ``text`` is filled from the pattern.
 
-    ``because`` names the field of the pattern's facts that speak for it, in words.
+    Where the configurations differ in one of ``fields``, the rule would only say so again.
     """
 
     text: str
@@ -82,6 +83,7 @@ class Rule:
     diagonal: bool | None = None
     edge: int | None = None
     lossy: bool | None = None
+    fields: tuple[str, ...] = ()
 
     def fits(self, p: Pattern) -> bool:
         """Whether every condition holds."""
@@ -98,22 +100,28 @@ class Rule:
 
 _ONE = ("one", "two", "some")
 _MANY = ("all", "from")
+_WINDOW = ("sliding_window", "layer_types")
+_ALL = (*_WINDOW, "attn_logit_softcapping", "query_pre_attn_scalar", "rope_theta", "rms_norm_eps")
 # in order of precedence
 RULES: tuple[Rule, ...] = (
+    Rule("a weight in {place} is damaged, or a number there is too large for the compute type", ("nan",)),
     Rule("the weights are rounded or quantized: an error of this kind in all layers is expected",
          ("all", "from", "some", "embedding"), lossy=True, positions="all"),
-    Rule("the candidate's sliding window is one smaller", ("local",), "far", edge=-1),
-    Rule("the sliding window differs or is ignored in local layers", ("local",), "far"),
-    Rule("global layers are run with a sliding window", ("global",), "far"),
-    Rule("local and global layers are exchanged, or all layers are run as one kind", ("all",), "far"),
-    Rule("layer {first} is run with another sliding window, or as the other kind", ("one",), "far"),
-    Rule("the sliding window or the order of local and global layers differs", ("from", "some", "two"), "far"),
+    Rule("the candidate's sliding window is one smaller", ("local",), "far", edge=-1, fields=_WINDOW),
+    Rule("the sliding window differs or is ignored in local layers", ("local",), "far", fields=_WINDOW),
+    Rule("global layers are run with a sliding window", ("global",), "far", fields=_WINDOW),
+    Rule("local and global layers are exchanged, or all layers are run as one kind", ("all",), "far", fields=_WINDOW),
+    Rule("layer {first} is run with another sliding window, or as the other kind", ("one",), "far", fields=_WINDOW),
+    Rule("the sliding window or the order of local and global layers differs", ("from", "some", "two"), "far", fields=_WINDOW),
     Rule("the norms' gain is wrong: 1 is added once too often or not at all", _MANY, taps=("attn_in",), size="large"),
-    Rule("the norms' epsilon differs, or norms are rounded otherwise", _MANY, taps=("attn_in",), size="small"),
-    Rule("queries are scaled by another factor (query_pre_attn_scalar)", _MANY, taps=("scores",), diagonal=True),
-    Rule("RoPE differs (rope_theta, or how dimensions are paired)", _MANY, taps=("scores",), diagonal=False),
-    Rule("queries' scale or RoPE differs", _MANY, taps=("scores",)),
-    Rule("the soft-cap of attention scores differs or is missing", _MANY, taps=("o_in",)),
+    Rule("the norms' epsilon differs, or norms are rounded otherwise",
+         _MANY, taps=("attn_in",), size="small", fields=("rms_norm_eps",)),
+    Rule("queries are scaled by another factor (query_pre_attn_scalar)",
+         _MANY, taps=("scores",), diagonal=True, fields=("query_pre_attn_scalar",)),
+    Rule("RoPE differs (rope_theta, or how dimensions are paired)",
+         _MANY, taps=("scores",), diagonal=False, fields=("rope_theta",)),
+    Rule("queries' scale or RoPE differs", _MANY, taps=("scores",), fields=("query_pre_attn_scalar", "rope_theta")),
+    Rule("the soft-cap of attention scores differs or is missing", _MANY, taps=("o_in",), fields=("attn_logit_softcapping",)),
     Rule("the activation differs (GELU exact instead of its tanh approximation?), or gate and up are exchanged",
          _MANY, taps=("down_in", "mlp_out")),
     Rule("norms after attention and before the feed-forward are exchanged or wrong", _MANY, taps=("after_attn", "mlp_in")),
@@ -130,12 +138,13 @@ RULES: tuple[Rule, ...] = (
     Rule("a weight of layer {first} is wrong", ("one",)),
     Rule("rows of the embedding are exchanged, shifted or scaled", ("embedding",), size="large"),
     Rule("some embedding values or the embedding's scale are a little off", ("embedding",), size="small"),
-    Rule("the final norm's gain or epsilon is wrong", ("final",)),
-    Rule("the final soft-cap or the output head differs", ("head",)),
-    Rule("a step in local layers only differs", ("local",)),
-    Rule("a step in global layers only differs", ("global",)),
-    Rule("a hyper-parameter or an arithmetic step differs in every layer", ("all",)),
-    Rule("something differs from layer {first} on; errors of single blocks are not known with this runner", ("from",)),
+    Rule("the final norm's gain or epsilon is wrong", ("final",), fields=("rms_norm_eps",)),
+    Rule("the final soft-cap or the output head differs", ("head",), fields=("final_logit_softcapping",)),
+    Rule("a step in local layers only differs", ("local",), fields=_WINDOW),
+    Rule("a step in global layers only differs", ("global",), fields=_WINDOW),
+    Rule("a hyper-parameter or an arithmetic step differs in every layer", ("all",), fields=_ALL),
+    Rule("something differs from layer {first} on; errors of single blocks are not known with this runner", ("from",),
+         fields=_ALL),
 )  # fmt: skip
 
 # field of the config -> (layers, taps) that its change shows in
@@ -157,6 +166,7 @@ def hypotheses(
     inside: Inside | None = None,
     scan: Sequence[Inside] = (),
     differences: Iterable[Mapping[str, Any]] = (),
+    rows: Iterable[Row] = (),
     lossy: bool = False,
 ) -> list[Hypothesis]:
     """What may be wrong, most likely first.
@@ -167,6 +177,7 @@ def hypotheses(
         inside: what :func:`.divergence.look_inside` found in the first divergent block.
         scan: what :func:`.divergence.scan_taps` found, where no block's output is beyond the floor.
         differences: ``{"field", "reference", "candidate"}`` of the configurations.
+        rows: the ledger: where something is not finite, its failed tensors are the likeliest cause.
         lossy: the candidate's weights are known to be rounded or quantized.
 
     Returns:
@@ -176,17 +187,40 @@ def hypotheses(
     if p is None:
         return []
     because = _because(p)
+    damaged = _damaged(rows) if p.layers == "nan" else []
+    if damaged:
+        return [Hypothesis(text, because) for text in damaged[:LIMIT]]
+    shown = [d for d in differences if _shows(d["field"], p)]
     found = [
         Hypothesis(
-            f"the configurations differ in {d['field']}: {d['reference']} and {d['candidate']}",
+            f"the configurations differ in {d['field']}: "
+            f"{_value(d['reference'])} and {_value(d['candidate'])}",
             f"{because}, as that would show",
         )
-        for d in differences
-        if _shows(d["field"], p)
+        for d in shown
     ]
-    facts = {"first": p.first, "second": p.second}
-    found += [Hypothesis(r.text.format(**facts), because) for r in RULES if r.fits(p)][:1]
+    facts = {"first": p.first, "second": p.second, "place": _place(result, p.first)}
+    named = {d["field"] for d in shown}
+    rule = next((r for r in RULES if r.fits(p)), None)
+    if rule is not None and not named & set(rule.fields):
+        found.append(Hypothesis(rule.text.format(**facts), because))
     return found[:LIMIT]
+
+
+def _value(x: Any) -> str:
+    return "none" if x is None else f"{x:g}" if isinstance(x, float) else str(x)
+
+
+def _damaged(rows: Iterable[Row]) -> list[str]:
+    """Tensors that differ though they should not, those with NaN or infinities first."""
+    bad = [r for r in rows if r.verdict != "PASS"]
+    bad.sort(key=lambda r: r.nonfinite <= r.reference_nonfinite)
+    return [f"{r.name} is damaged: {r.note or r.bound}" for r in bad]
+
+
+def _place(result: LockstepResult, layer: int) -> str:
+    names = {-1: "the embedding", len(result.blocks): "the final norm"}
+    return names.get(layer, f"layer {layer}")
 
 
 def _shows(name: str, p: Pattern) -> bool:
@@ -244,6 +278,8 @@ def _scanned(result: LockstepResult, scan: Sequence[Inside], lossy: bool) -> Pat
 
 
 def _layers(result: LockstepResult, found: list[Divergence], blocks: list[Divergence]) -> str:
+    if found[0].error is None:
+        return "nan"
     if found[0].kind in ("embedding", "final"):
         return found[0].kind
     return _which(result, {d.layer for d in blocks}) if found[0].isolated else "from"
@@ -295,6 +331,7 @@ _LAYERS = {
     "from": "hidden states differ from layer {first} on",
     "final": "only what follows the last block differs",
     "head": "hidden states agree, logits do not",
+    "nan": "what layer {first} puts out is the first that is not finite",
 }
 
 

@@ -300,7 +300,10 @@ def _evidence(
 ) -> Evidence:
     touched = {n: t for n, t in cand.tensors.items() if t is not ref.tensors[n]}
     rows = compare_weights(_only(ref, touched), _only(cand, touched)) if touched else []
-    limits = Limits(floor.threshold("kl_max"), floor.threshold("rms_logit"), f"{floor.k:g} x floor")
+    limits = Limits(
+        floor.threshold("kl_max"), floor.threshold("rms_logit"), f"{floor.k:.3g} x floor",
+        root_source=f"{math.sqrt(floor.k):.3g} x floor",
+    )  # fmt: skip
     return Evidence(
         identity, rows, dtypes=(floor.dtype, floor.dtype), measured=_measured(result, found, inside), limits=limits
     )  # fmt: skip

@@ -138,6 +138,7 @@ class _Pair:
         self.different = self.bad = self.bad_ref = self.zero_rows = self.common_zero = 0
         self.first_bad: int | None = None
         self.first_different: int | None = None
+        self.first_values = (0.0, 0.0)  # of reference and candidate there
         self.signal: list[float] = []
         self.error: list[float] = []
         self.squared_step: list[float] = []
@@ -173,7 +174,9 @@ class _Pair:
         unequal = _unequal(a, b, self.same_type, wide_a, wide_b)
         count = int(np.count_nonzero(unequal))
         if count and self.first_different is None:
-            self.first_different = at + int(np.argmax(unequal.reshape(-1)))
+            first = int(np.argmax(unequal.reshape(-1)))
+            self.first_different = at + first
+            self.first_values = float(wide_a.flat[first]), float(wide_b.flat[first])
         self.different += count
         finite = np.isfinite(d)
         d = np.where(finite, d, 0.0)
@@ -252,7 +255,11 @@ class _Pair:
         if self.bad:
             assert self.first_bad is not None
             where = _place(self.first_bad, self.ref.shape)
-            note = f"{self.bad} elements are NaN or infinite, the first at {where}"
+            note = f"{_elements(self.bad, 'is', 'are')} NaN or infinite, the first at {where}"
+            if self.first_different == self.first_bad:
+                note += f" ({_values(self)})"
+            elif self.first_different is not None:
+                note += f"; {_first_difference(self)}"
             if self.bad_ref == 0 and self.rule == NARROWED:
                 note += f"; the reference's values overflow {short(self.cand.dtype)}"
             return "FAIL", BOUNDS[self.rule], note
@@ -268,11 +275,33 @@ BOUNDS = {
 }
 
 
+def _elements(count: int, one: str = "", many: str = "") -> str:
+    return (
+        f"{count} {'element' if count == 1 else 'elements'} {one if count == 1 else many}".rstrip()
+    )
+
+
+def _first_difference(p: _Pair) -> str:
+    assert p.first_different is not None
+    size, at = math.prod(p.ref.shape), _place(p.first_different, p.ref.shape)
+    amount = f"{p.different} of {_elements(size)} {'differs' if p.different == 1 else 'differ'}"
+    return f"first difference at {at}: {_values(p)}; {amount}"
+
+
+def _values(p: _Pair) -> str:
+    """Enough digits to tell them apart."""
+    one, two = next(
+        pair for digits in (6, 9, 17)
+        if len(set(pair := [f"{v:.{digits}g}" for v in p.first_values])) > 1 or digits == 17
+    )  # fmt: skip
+    return f"{one} in the reference, {two} in the candidate"
+
+
 def _judge_equal(p: _Pair) -> tuple[str, str, str]:
     if not p.different:
         return "PASS", BOUNDS[p.rule], "" if p.rule == EQUAL else "the same values in a wider type"
     assert p.first_different is not None
-    note = f"first difference at {_place(p.first_different, p.ref.shape)}"
+    note = _first_difference(p)
     if p.shifts in ({1}, {-1}):
         note = f"every row stands one too {'low' if p.shifts == {1} else 'high'}"
     if p.plus_one == math.prod(p.ref.shape):
@@ -283,11 +312,9 @@ def _judge_equal(p: _Pair) -> tuple[str, str, str]:
 def _judge_rounded(p: _Pair) -> tuple[str, str, str]:
     how = f" ({p.cand.placement.step})" if p.rule == STEP else ""
     if p.max_steps <= 0.5 + _SLACK:
-        note = f"{p.different} elements rounded{how}" if p.different else f"nothing rounded{how}"
+        note = f"{_elements(p.different)} rounded{how}" if p.different else f"nothing rounded{how}"
         return "PASS", BOUNDS[p.rule], note
-    assert p.first_different is not None
-    at = _place(p.first_different, p.ref.shape)
-    return "FAIL", BOUNDS[p.rule], f"not the rounded reference{how}; first difference at {at}"
+    return "FAIL", BOUNDS[p.rule], f"not the rounded reference{how}; {_first_difference(p)}"
 
 
 def _judge_quantized(p: _Pair) -> tuple[str, str, str]:
