@@ -55,6 +55,14 @@ Exit codes: 0 PASS; 1 FAIL; 2 wrong usage; 3 ERROR, bad input; 4 disk, memory or
 141 nobody reads standard output.
 """
 
+_COMPARE_EPILOG = """\b
+What is run: P0 BOS and three tokens; P1 snippets in many scripts; P2 documents;
+P3 lengths around the sliding window; P4 a long sequence, up to the full context;
+P10 every vocabulary row as input. Checks on them: P5 soft-caps; P6 batch and
+padding; P7 BOS; P8 decoding; P9 greedy choice. Profiles differ in how much of
+each: smoke the least, full all.
+"""
+
 
 @click.group(
     epilog=_EPILOG,
@@ -69,7 +77,9 @@ def g2verify(debug: bool) -> None:
 # ---------------------------------------------------------------- commands
 
 
-@g2verify.command(short_help="Run two models and judge how far apart they are.")
+@g2verify.command(
+    short_help="Run two models and judge how far apart they are.", epilog=_COMPARE_EPILOG
+)
 @path("ref")
 @path("cand")
 @engine_options(two=True)

@@ -34,6 +34,12 @@ __all__ = [
 ]  # fmt: skip
 
 Ids = npt.NDArray[np.int64]
+# group -> what it is, for people
+GROUPS = {
+    "P0": "BOS and three tokens", "P1": "snippets in many scripts", "P2": "documents",
+    "P3": "lengths around the sliding window", "P4": "a long sequence up to the full context",
+    "P10": "every vocabulary row as input",
+}  # fmt: skip
 WINDOW_LENGTHS = (-1, 0, 1, 2, 64)  # P3: lengths relative to the window
 OWN_DOCUMENTS = 8  # pieces that a user's text is cut into at least: fewer give no interval
 TOKEN_CHARACTERS = 64  # of a text per token wanted; Gemma's longest token has 31 spaces
@@ -308,7 +314,8 @@ class _Builder:
             )
         if not self.size.every_edge and lengths:
             self.skip(
-                "P3", f"lengths {lengths[:-1]}: the {self.profile} profile runs the longest only."
+                "P3",
+                f"lengths {', '.join(map(str, lengths[:-1]))}: the {self.profile} profile runs the longest only.",
             )
             lengths = lengths[-1:]
         for n in lengths:
