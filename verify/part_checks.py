@@ -74,8 +74,11 @@ def check_complete(parts: Sequence[Mapping[str, Any]]) -> None:
 
 def _check_ledger(parts: Sequence[Mapping[str, Any]]) -> None:
     rows = [r["name"] for p in parts for r in p["ledger"] or ()]
-    values = dict(parts[0]["reference"]["config"])
-    config = GemmaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in parts[0]["reference"]["config"].items()
+    }
+    config = GemmaConfig(**values)
     _check_all("tensors", rows, list(canonical.tensors(config)), extra=True)
 
 
