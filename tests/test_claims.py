@@ -9,7 +9,7 @@ import pytest
 from verify_cases import sample_floor
 
 from g2kit.formats.errors import UsageError
-from g2kit.model.bootstrap import Interval
+from g2kit.model.bootstrap import Interval, ratio_interval
 from g2kit.verify.claims import (
     BUDGETS,
     CLAIMS,
@@ -266,3 +266,4 @@ def test_one_difference_is_no_plural() -> None:
     other = Identity((Difference("sliding_window", 4096, None, FUNCTION),), 18, None)
     found = claims(replace(BASE, identity=other))["C0"]
     assert found.sentence.startswith("1 difference (reference / candidate): ")
+    assert str(ratio_interval([1.0], [1]).reason).startswith("1 document is too few")

@@ -584,3 +584,38 @@ def test_markdown_sorts_flips_only_by_a_measured_floor() -> None:
     assert "near-tie" not in report.html(document)
     o["non_finite"] = 17
     assert f"over {o['scored']:,} tokens" in report.markdown(document)
+
+
+def test_the_self_test_names_places_outside_the_blocks() -> None:
+    document = copy.deepcopy(self_test())
+    test = document["self_test"] | {"layers": 4}
+    document["self_test"] = test
+    for m, at in zip(test["mutants"], (-1, 3, 4, 5), strict=False):
+        m |= {"found_layer": at, "expected_layers": [at], "right_place": True}
+    report.validate(document)
+    shown = report.html(document)
+    for text in ("embedding ✓", "3 ✓", "final norm ✓", "head ✓"):
+        assert f">{text}</td>" in shown
+
+
+def test_equal_models_have_no_worst_tokens() -> None:
+    document = copy.deepcopy(compare_pass())
+    assert document["worst"]
+    assert "no token diverges" not in report.html(document)
+    for w in document["worst"]:
+        w["kl"] = 0.0
+    assert "There are none: no token diverges." in report.html(document)
+
+
+def test_identity_explains_two_files_of_one_tokenizer() -> None:
+    document = copy.deepcopy(compare_pass())
+    side = document["identity"]["candidate"]
+    side |= {"format": "gguf", "layout": "gguf"}
+    side["tokenizer"] = {**side["tokenizer"], "sha256": "sha256:" + "0" * 64}
+    shown = report.html(document)
+    assert "gguf · gguf" not in shown
+    assert "The tokenizer files differ, the tokenizers do not" in shown
+    document["differences"] = [
+        {"field": "tokenizer.pieces[7]", "reference": "a", "candidate": "b", "kind": "size"}
+    ]
+    assert "the tokenizers do not" not in report.html(document)

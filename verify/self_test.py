@@ -188,7 +188,7 @@ def self_test(
         progress: called with tokens just done and a place.
 
     Returns:
-        The report's ``self_test`` object: ``mutants`` (rows), ``caught``, ``of``.
+        The report's ``self_test`` object: ``mutants`` (rows), ``caught``, ``of``, ``layers`` (blocks of the model).
 
     Raises:
         UsageError: no such mutant, or the floor is not one of an exact type.
@@ -198,7 +198,9 @@ def self_test(
         for t in trials(checkpoint, probes, floor, judge, runner=runner, device=device,
                         budget=budget, only=only, progress=progress)
     ]  # fmt: skip
-    return {"mutants": rows, "caught": sum(bool(r["caught_by"]) for r in rows), "of": len(rows)}
+    caught = sum(bool(r["caught_by"]) for r in rows)
+    layers = checkpoint.config.num_hidden_layers
+    return {"mutants": rows, "caught": caught, "of": len(rows), "layers": layers}
 
 
 def trials(

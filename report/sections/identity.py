@@ -7,7 +7,7 @@ from typing import Any
 from ..markup import Child, Html, tag
 from ..numerals import count, nbytes, number, seconds
 from ..page import Section
-from ..parts import Document, more, sentences, stack
+from ..parts import Document, more, note, sentences, stack
 from ..tables import Column, facts, table
 
 _ROWS = ("reference", "candidate")
@@ -26,6 +26,7 @@ def section(document: Document) -> Section | None:
     heads = tag("tr", tag("td"), *(tag("th", name.capitalize(), scope="col") for name in known))
     body = stack(
         tag("table", tag("thead", heads), tag("tbody", *rows), cls="identity"),
+        _same_pieces(known, document),
         _differences(document["differences"]),
         _command(document.get("run")),
         more("Settings and content id", _settings(document)),
@@ -48,7 +49,7 @@ def _describe(side: Document) -> list[tuple[str, str | None]]:
     return [
         ("Path", side.get("path")),
         ("Kind", side.get("kind")),
-        ("Format", " · ".join(x for x in (side.get("format"), side.get("layout")) if x) or None),
+        ("Format", _joined(side.get("format"), side.get("layout"))),
         ("Numbers", _dtypes(side)),
         ("Parameters", number(side["parameters"]) if side.get("parameters") is not None else None),
         ("Size", nbytes(side["bytes"]) if side.get("bytes") is not None else None),
@@ -64,6 +65,22 @@ def _describe(side: Document) -> list[tuple[str, str | None]]:
             or None,
         ),
     ]
+
+
+def _joined(*parts: str | None) -> str | None:
+    """Parts that are there, each once."""
+    return " · ".join(dict.fromkeys(x for x in parts if x)) or None
+
+
+def _same_pieces(known: dict[str, Any], document: Document) -> Html | None:
+    """Two files of tokenizers that were compared and are the same tokenizer."""
+    files = {(side.get("tokenizer") or {}).get("sha256") for side in known.values()}
+    found = any(d["field"].startswith("tokenizer") for d in document["differences"])
+    if len(files) < 2 or None in files or found:
+        return None
+    return note(
+        "The tokenizer files differ, the tokenizers do not: pieces, scores and the ids of test texts are the same."
+    )
 
 
 def _named(runner: Document) -> str | None:

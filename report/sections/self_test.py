@@ -31,7 +31,7 @@ def section(document: Document) -> Section | None:
         *(Column(c, cls="c") for c in claims),
         Column("KL, max", True),
         Column("KL, mean", True),
-        Column("Block"),
+        Column("Place"),
         Column("Hypothesis"),
     ]
     rows = [
@@ -40,7 +40,7 @@ def section(document: Document) -> Section | None:
             *(_dot(m["claims"].get(c), m["title"], c) for c in claims),
             number(m["kl_max"], 2),
             number(m["kl_mean"], 2),
-            _place(m),
+            _place(m, test.get("layers")),
             m["hypothesis"],
         ]
         for m in mutants
@@ -83,11 +83,19 @@ def _key() -> Html:
     return tag("span", *parts)
 
 
-def _place(m: Document) -> str:
-    expected = clip(", ".join(str(x) for x in m["expected_layers"] or ()), 24)
-    found = m["found_layer"]
-    if found is None:
+def _place(m: Document, layers: int | None) -> str:
+    expected = clip(", ".join(_layer(x, layers) for x in m["expected_layers"] or ()), 24)
+    if m["found_layer"] is None:
         return f"not found, expected {expected}" if expected else "–"
+    found = _layer(m["found_layer"], layers)
     if m["right_place"] is None:
-        return str(found)
+        return found
     return f"{found} ✓" if m["right_place"] else f"{found}, expected {expected or 'none'}"
+
+
+def _layer(at: int, layers: int | None) -> str:
+    """A block's number, or what stands before and behind the blocks."""
+    names = {-1: "embedding"}
+    if layers is not None:
+        names |= {layers: "final norm", layers + 1: "head"}
+    return names.get(at, str(at))

@@ -18,9 +18,12 @@ _CONTEXT = 240
 
 def section(document: Document) -> Section | None:
     """See :data:`..sections.ORDER`."""
-    worst = document.get("worst") or []
-    if not worst:
+    found = document.get("worst") or []
+    if not found:
         return None
+    worst = [w for w in found if w["kl"] > 0]
+    if not worst:
+        return Section("worst", "Worst tokens", "There are none: no token diverges.", Html())
     lede = "Marked: the last token read. Underlined: the token that came next in the text. Below: what either side expects next."
     rest = worst[_SHOWN:]
     body = stack(
