@@ -1,7 +1,8 @@
 """Scales and zeros of groups, chosen so that rounding loses least where it matters.
 
-The loss of a group is ``sum_i h_i (w_i - w'_i)^2`` with ``h`` the Hessian's diagonal. Every candidate scale is refitted in closed form to the codes it
-gives (least squares), brought onto the grid of scales that can be stored, and judged with the codes it gives then.
+The loss of a group is ``sum_i h_i (w_i - w'_i)^2`` with ``h`` the Hessian's diagonal. Every candidate
+scale is refitted in closed form to the codes it gives (least squares), brought onto the grid of scales that can be
+stored, and judged with the codes it gives then.
 """
 
 from __future__ import annotations
@@ -47,11 +48,17 @@ def search_grid(
     Returns:
         As :func:`plain_grid`.
     """
-    h = torch.ones_like(weight[:1]) if importance is None else importance.to(weight).view(-1, weight.shape[1])
+    h = (
+        torch.ones_like(weight[:1])
+        if importance is None
+        else importance.to(weight).view(-1, weight.shape[1])
+    )
     rows = max(1, _ROWS // weight.shape[1])
     search = _search_symmetric if scheme.symmetric else _search_asymmetric
     parts = [
-        search(_grouped(part, scheme), _grouped(h if len(h) == 1 else h[a : a + rows], scheme), scheme)
+        search(
+            _grouped(part, scheme), _grouped(h if len(h) == 1 else h[a : a + rows], scheme), scheme
+        )
         for a, part in enumerate_rows(weight, rows)
     ]
     scales = torch.cat([s for s, _ in parts])
