@@ -65,7 +65,7 @@ def test_every_mistake_fails_and_is_found_where_it_was_made(name: str) -> None:
 
 
 WORDS = {
-    "window-off": "sliding_window: 64 and None", "layers-flipped": "local and global layers are exchanged",
+    "window-off": "sliding_window: 64 and none", "layers-flipped": "local and global layers are exchanged",
     "layer-global": "layer 2 is run with another sliding window", "attention-cap": "attn_logit_softcapping",
     "final-cap": "final_logit_softcapping", "query-scale": "query_pre_attn_scalar", "rope-base": "rope_theta",
     "norm-epsilon": "rms_norm_eps", "gelu-erf": "GELU", "norms-plus-one": "1 is added",
