@@ -489,7 +489,8 @@ def test_few_documents_give_a_reason() -> None:
     found = ratio_interval([1.0, 2.0], [1, 1])
     assert (found.estimate, found.low, found.high) == (1.5, None, None)
     assert found.reason == "2 documents are too few to resample, at least 6 are needed"
-    assert quantile_interval([np.ones(3)], 0.9).reason == found.reason.replace("2", "1", 1)
+    fewer = "1 document is too few to resample, at least 6 are needed"
+    assert quantile_interval([np.ones(3)], 0.9).reason == fewer
 
 
 def test_equal_documents_give_a_point() -> None:

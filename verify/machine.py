@@ -41,7 +41,15 @@ def environment(engines: Iterable[Engine] = ()) -> dict[str, Any]:
 
 
 def peak_rss() -> float:
-    """Largest resident size of this process so far, MiB."""
+    """Largest resident size of this process so far, MiB.
+
+    Linux keeps it per address space in /proc; rusage there starts a child at its parent's size.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(a for a in lines if a.startswith("VmHWM:")).split()[1]) / 1024
+    except (OSError, StopIteration):  # no such file system: not Linux
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 
