@@ -431,7 +431,9 @@ def _result_report(
     bad = {n: r.nonfinite for n, r in records.items() if r.nonfinite}
     warnings = _warnings(plan)
     warnings += [
-        f"{n}: {k} elements are NaN or infinite; carried over as they are" for n, k in bad.items()
+        f"{n}: {k} element{' is' if k == 1 else 's are'} NaN or infinite; carried over as "
+        f"{'it is' if k == 1 else 'they are'}"
+        for n, k in bad.items()
     ]
     return {
         "source": source,

@@ -205,12 +205,18 @@ def single_file(dst: Path, target: Target) -> str | None:
     """The name of the one file that ``dst`` asks for by its suffix, None where it is a directory.
 
     Raises:
-        UsageError: the suffix is another format's, so a directory of that name would mislead.
+        UsageError: the suffix is another format's, so a directory of that name would mislead; or the name is no
+            plain text, so the file could not be opened again.
     """
     suffix = dst.suffix
     if dst.is_dir():
         return None
     if suffix in target.single_file:
+        if not dst.name.isprintable():
+            raise UsageError(
+                f"the destination's name {printable(dst.name)} is not UTF-8 text, or has control characters.",
+                fix="choose a plain name.",
+            )
         return dst.name
     owners = [t.name for t in TARGETS.values() if suffix.lower() in t.single_file]
     if not owners and suffix.lower() not in _OTHER_FILES:

@@ -398,7 +398,7 @@ def test_nan_is_carried_over_and_named(run, tmp_path: Path) -> None:
     src = save(tmp_path / "src", weights, config)
     status, _, err = run("safetensors-to-torch", src, tmp_path / "o")
     assert status == 0
-    assert "model.norm.weight: 1 elements are NaN or infinite" in err
+    assert "model.norm.weight: 1 element is NaN or infinite" in err
 
 
 def test_overflow_into_f16_is_refused(run, tmp_path: Path) -> None:

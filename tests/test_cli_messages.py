@@ -218,6 +218,14 @@ def test_the_suffix_of_another_format_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["a\udcff.gguf", "a\n.gguf"])
+def test_a_file_that_could_not_be_opened_again_is_refused(name: str, run, tmp_path: Path) -> None:
+    status, _, err = run("convert", sample_dir(), tmp_path / name, "--to", "gguf")
+    assert status == 2
+    assert "is not UTF-8 text, or has control characters. Fix: choose a plain name." in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dot_in_a_directory_name_is_no_suffix(run, tmp_path: Path) -> None:
     assert run("convert", sample_dir(), tmp_path / "gemma-2.5", "--to", "torch", "-q")[0] == 0
     assert (tmp_path / "gemma-2.5" / "model.ckpt").is_file()
