@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from .. import __version__
+from .. import commands
+from ..commands import choice, flag, group, path, print_report, together, warn
 from ..formats.errors import printable
 from ..formats.sharded import parse_size
-from ..terminal import Meter, dump_json, reporting, resumable, run_cli
+from ..terminal import Meter, reporting, resumable, run_cli
 from . import api, show
 from .targets import SOURCES, TARGETS
 
@@ -66,109 +66,47 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(
-    cls=Commands,
-    epilog=_EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-@click.version_option(__version__, prog_name="g2conv")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@group("g2conv", _EPILOG, Commands)
 def g2conv(debug: bool) -> None:
     """Convert Gemma 1 and Gemma 2 checkpoints between frameworks, bit for bit, in bounded memory."""
 
 
-def _config_option(f: Callable[..., Any]) -> Callable[..., Any]:
-    f = click.option(
-        "--config",
-        metavar="PRESET|FILE",
-        help="The model's configuration: a preset such as gemma2-2b, or a Hugging Face config.json. "
-        "Wins over what the checkpoint says.",
-    )(f)
-    f = click.option(
-        "--fix-config",
-        is_flag=True,
-        help="Correct values known to be wrong in published files (such as query_pre_attn_scalar 224 in 9B).",
-    )(f)
-    return click.option(
-        "--gating",
-        type=click.Choice(["df", "fd"]),
-        help="Orientation of Flax gating matrices, [2, d, f] or [2, f, d], where sizes do not tell.",
-    )(f)
-
-
-def _output_options(f: Callable[..., Any]) -> Callable[..., Any]:
-    f = click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="Print one JSON document to stdout, of a failure too.",
-    )(f)
-    return click.option(
-        "--quiet",
-        "-q",
-        is_flag=True,
-        help="Print no progress, warnings, notes or report of success; what inspect and fingerprint answer stays.",
-    )(f)
-
-
-def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.argument("src", type=click.Path(path_type=Path)),
-        click.argument("dst", type=click.Path(path_type=Path)),
-        click.option(
-            "--layout",
-            metavar="NAME",
-            help="Layout of the output; `g2conv A-to-B --help` names those of B, the usual one first.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["keep", "bf16", "f16", "f32"]),
-            default="keep",
-            show_default=True,
-            help="Element type to write. Narrowing is counted and recorded in the manifest.",
-        ),
-        click.option(
-            "--max-shard-size", metavar="SIZE", help="Most bytes of weights in a file, such as 5GB."
-        ),
-        click.option(
-            "--tokenizer",
-            metavar="FILE|DIR|none",
-            help="The tokenizer.model to put into the output, instead of the one beside the source; none leaves it out.",
-        ),
-        click.option(
-            "--check",
-            type=click.Choice(["none", "weights", "parity"]),
-            default="weights",
-            show_default=True,
-            help="Re-open the output and compare every tensor's hash with what was read; parity runs both "
-            "models too, as `g2verify compare` does, once the output is in place (needs torch).",
-        ),
-        click.option(
-            "--drop-padding",
-            is_flag=True,
-            help="Leave out embedding rows past vocab_size though they are not all zero.",
-        ),
-        click.option(
-            "--fold-query-scale",
-            is_flag=True,
-            help="GGUF: scale the query projection for llama.cpp although that rounds.",
-        ),
-        click.option(
-            "--dry-run", is_flag=True, help="Print the plan, sizes, memory and time; write nothing."
-        ),
-        click.option(
-            "--resume/--no-resume",
-            default=True,
-            show_default=True,
-            help="Continue an interrupted run of the same conversion, or start it afresh.",
-        ),
-        click.option(
-            "--overwrite", is_flag=True, help="Replace DST once the new copy is complete."
-        ),
-    ]
-    for option in reversed(options):
-        f = option(f)
-    return _output_options(_config_option(f))
+_config = together(commands.config(), commands.fix_config, commands.gating)
+_output = together(
+    commands.as_json(),
+    commands.quiet(
+        "Print no progress, warnings, notes or report of success; what inspect and fingerprint answer stays."
+    ),
+)
+_convert_options = together(
+    path("src"),
+    path("dst"),
+    click.option(
+        "--layout",
+        metavar="NAME",
+        help="Layout of the output; `g2conv A-to-B --help` names those of B, the usual one first.",
+    ),
+    commands.dtype("Element type to write. Narrowing is counted and recorded in the manifest."),
+    commands.max_shard_size,
+    commands.tokenizer,
+    choice(
+        "check",
+        ("none", "weights", "parity"),
+        "weights",
+        "Re-open the output and compare every tensor's hash with what was read; parity runs both "
+        "models too, as `g2verify compare` does, once the output is in place (needs torch).",
+    ),
+    flag("drop-padding", "Leave out embedding rows past vocab_size though they are not all zero."),
+    flag(
+        "fold-query-scale",
+        "GGUF: scale the query projection for llama.cpp although that rounds.",
+    ),
+    commands.dry_run,
+    commands.resume("run of the same conversion"),
+    commands.overwrite("DST once the new copy is complete"),
+    _config,
+    _output,
+)
 
 
 def _pair_command(a: str, b: str) -> click.Command:
@@ -212,8 +150,8 @@ def _convert(
         result["parity"] = parity
     if as_json or not quiet:
         with nullcontext() if dry_run else reporting(dst):
-            _print(result, show.plan if dry_run else _converted, as_json)
-    _warn(result, quiet or as_json)
+            print_report(result, show.plan if dry_run else _converted, as_json=as_json)
+    warn(show.warnings(result), quiet or as_json)
     if parity is not None:
         click.get_current_context().exit(int(parity["exit_code"]))
 
@@ -237,53 +175,49 @@ def _converted(result: dict[str, Any]) -> str:
 
 
 @g2conv.command(short_help="Show format, layout, configuration and anything odd.")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--tensors", is_flag=True, help="List every tensor.")
-@_config_option
-@_output_options
+@path("path")
+@flag("tensors", "List every tensor.")
+@_config
+@_output
 def inspect(path: Path, tensors: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Show format, layout, configuration and its origins, tensors, and anything odd."""
     report = api.inspect(path, **options)
     if quiet and not as_json:
         report |= {"warnings": [], "notes": []}
-    _print(report, lambda r: show.inspection(r, tensors=tensors), as_json)
+    print_report(report, lambda r: show.inspection(r, tensors=tensors), as_json=as_json)
 
 
 @g2conv.command(short_help="Print the fingerprint: equal for equal weights.")
-@click.argument("path", type=click.Path(path_type=Path))
-@_config_option
-@_output_options
+@path("path")
+@_config
+@_output
 def fingerprint(path: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print the format-independent fingerprint: equal weights, equal fingerprint."""
     with Meter(quiet=quiet or as_json) as meter:
         report = api.fingerprint_report(path, progress=meter, **options)
-    _print(report, lambda r: f"{r['fingerprint']}  {printable(r['path'], 5000)}", as_json)
+    print_report(
+        report, lambda r: f"{r['fingerprint']}  {printable(r['path'], 5000)}", as_json=as_json
+    )
 
 
 @g2conv.command(short_help="Verify an output against its manifest.")
-@click.argument("dst", type=click.Path(path_type=Path))
-@_config_option
-@_output_options
+@path("dst")
+@_config
+@_output
 def check(dst: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Verify an output of g2conv against its manifest: every file and every tensor."""
     with Meter(quiet=quiet or as_json) as meter:
         report = api.check(dst, progress=meter, **options)
     if as_json or not quiet:
-        _print(report, show.checked, as_json)
+        print_report(report, show.checked, as_json=as_json)
 
 
 @g2conv.command(short_help="Write the bundled model, a small trained Gemma 2.")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--to",
-    type=click.Choice(FRAMEWORKS),
-    default="safetensors",
-    show_default=True,
-    help="Format to write.",
-)
+@path("directory")
+@choice("to", FRAMEWORKS, "safetensors", "Format to write.")
 @click.option("--layout", metavar="NAME", help="Layout of that format.")
-@click.option("--overwrite", is_flag=True, help="Replace DIRECTORY.")
-@_output_options
+@commands.overwrite("DIRECTORY")
+@_output
 def sample(
     directory: Path, to: str, layout: str | None, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
@@ -292,17 +226,8 @@ def sample(
         report = api.sample(directory, to=to, layout=layout, overwrite=overwrite, progress=meter)
     if as_json or not quiet:
         with reporting(directory):
-            _print(report, show.result, as_json)
-    _warn(report, quiet or as_json)
-
-
-def _warn(report: dict[str, Any], quiet: bool) -> None:
-    for line in show.warnings(report) if not quiet else ():
-        click.echo(line, err=True)
-
-
-def _print(report: dict[str, Any], human: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    click.echo(dump_json(report) if as_json else human(report))
+            print_report(report, show.result, as_json=as_json)
+    warn(show.warnings(report), quiet or as_json)
 
 
 def main(argv: list[str] | None = None) -> None:
