@@ -22,6 +22,7 @@ from g2kit.formats.errors import ChecksumError, FormatError, UsageError
 from g2kit.model import canonical
 from g2kit.model.sample import sample_dir
 from g2kit.report import html, markdown, validate
+from g2kit.sealed import dumps, sealed
 from g2kit.verify import measure
 from g2kit.verify.compare import (
     compare,
@@ -31,7 +32,6 @@ from g2kit.verify.compare import (
     record_model,
     self_test_document,
 )
-from g2kit.verify.document import dumps, sealed
 from g2kit.verify.options import Options, engines
 from g2kit.verify.shards import dumps_part
 from g2kit.verify.show import report as terminal

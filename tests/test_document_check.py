@@ -11,10 +11,11 @@ import pytest
 
 from g2kit.formats.errors import FormatError, SpaceError
 from g2kit.model.sample import sample_dir
+from g2kit.sealed import dumps, sealed
 from g2kit.terminal import run_cli
 from g2kit.verify.cli import g2verify
 from g2kit.verify.compare import compare_weights
-from g2kit.verify.document import dumps, error_document, sealed
+from g2kit.verify.document import error_document
 
 Document = dict[str, Any]
 

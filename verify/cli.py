@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,9 @@ from .. import __version__
 from .. import report as reports
 from ..formats import strict_json
 from ..formats.errors import EXIT_FAIL, FormatError, G2Error, UsageError
+from ..machine import Stopwatch
+from ..outputs import Outputs
+from ..sealed import dumps, sealed
 from ..terminal import Meter, dump_json, reporting, run_cli
 from . import show
 from .command_options import (
@@ -29,11 +30,9 @@ from .command_options import (
     probe_options,
     report_options,
 )  # fmt: skip
-from .document import dumps, error_document, sealed
+from .document import error_document
 from .document_check import check_verdict
-from .machine import peak_rss
 from .options import Options, engines, parse_shard
-from .outputs import Outputs
 
 # option -> how the file is made from a document
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -283,7 +282,7 @@ class _Work:
 
     def __init__(self, o: Mapping[str, Any], out: Outputs, meter: Meter) -> None:
         self.o, self.out, self.meter = o, out, meter
-        self.began, self.started = (time.monotonic(), time.process_time()), datetime.now(UTC)
+        self.watch = Stopwatch()
 
     def document(self, document: Mapping[str, Any], *, run: bool = True) -> None:
         """Write it wherever it was asked for, and exit as it says."""
@@ -331,13 +330,7 @@ class _Work:
         click.get_current_context().exit(e.exit_code)
 
     def _run(self) -> dict[str, Any]:
-        return {
-            "command": _command_line(),
-            "started": self.started.isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self.began[0], 3),
-            "cpu_seconds": round(time.process_time() - self.began[1], 3),
-            "peak_rss_mib": round(peak_rss(), 1),
-        }
+        return self.watch.run(_command_line())
 
 
 @contextmanager

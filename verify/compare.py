@@ -18,8 +18,9 @@ import numpy.typing as npt
 from ..convert.open import Checkpoint
 from ..formats.errors import FormatError, NonFiniteError, UsageError
 from ..model.config import GemmaConfig
+from ..sealed import sealed
 from .claims import FAIL, Claim
-from .document import build, error_document, sealed, self_test_report
+from .document import build, error_document, self_test_report
 from .machine import environment
 from .measure import Part, measure, probes_of, side_floor
 from .options import Options, Progress, Silent, engines

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,6 +12,7 @@ import numpy as np
 from ..formats.errors import LAST_RESORT, G2Error
 from ..model.logits_stats import Record, Stats
 from ..model.logits_summary import Worst
+from ..sealed import sealed
 from .claims import ERROR, EXITS, FAIL, INCONCLUSIVE, PASS, Claim, Proof, judge, overall
 from .evidence import Findings, evidence, finite, not_verified, phrase
 from .floor import Floor
@@ -117,21 +116,6 @@ def self_test_report(
         "identity": {"reference": dict(side), "candidate": None}, "settings": dict(settings),
         "floor": floor.to_json(), "self_test": dict(found), "environment": dict(environment),
     })  # fmt: skip
-
-
-def sealed(document: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The document with its ``content_id``, which is over everything but itself and ``run``."""
-    plain: dict[str, Any] = _plain(
-        {k: v for k, v in document.items() if k not in ("content_id", "run")}
-    )
-    text = json.dumps(plain, sort_keys=True, allow_nan=False)
-    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    return {**plain, "content_id": digest, "run": None if run is None else dict(run)}
-
-
-def dumps(document: Mapping[str, Any]) -> str:
-    """JSON text, the same for the same document."""
-    return json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
 def summary(verdict: str, claims: Sequence[Claim]) -> str:
@@ -320,14 +304,3 @@ def _worst_row(part: Mapping[str, Any], w: Worst, category: str) -> dict[str, An
         "kl": w.kl, "tv": w.tv, "max_diff": w.max_diff, "margin": w.margin,
         "reference_top": top("reference"), "candidate_top": top("candidate"),
     }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """Only what JSON can hold, keys in order; numbers that do not exist are null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(value[k]) for k in sorted(value, key=str)}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

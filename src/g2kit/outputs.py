@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..formats.errors import FileIOError, UnsafePathError, UsageError, printable
+from .formats.errors import FileIOError, UnsafePathError, UsageError, printable
 
 Render = Callable[[Mapping[str, Any]], str]
 
@@ -23,7 +23,7 @@ class Outputs:
 
     Args:
         paths: kind -> file, None for those not asked for.
-        inputs: what must not be overwritten: files, or directories that nothing is written into.
+        inputs: what must not be overwritten: files, or directories that nothing is written into; they need not be there yet.
     """
 
     def __init__(self, paths: Mapping[str, Path | None], inputs: Iterable[str | Path] = ()) -> None:
@@ -80,9 +80,10 @@ class Outputs:
                 raise UsageError(f"--{seen[real]} and --{kind} name the same file.", where=path)
             seen[real] = kind
             for source in sources:
-                if real == source or (source.is_dir() and source in real.parents):
+                if real == source or source in real.parents:
+                    where = "is an input" if real == source else "lies in a checkpoint"
                     raise UnsafePathError(
-                        f"--{kind} lies in what is compared.", where=path,
+                        f"--{kind} {where} of this command.", where=path,
                         fix="write reports beside the checkpoints, not into them.",
                     )  # fmt: skip
 
