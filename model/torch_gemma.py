@@ -90,20 +90,77 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: GemmaConfig, tap: Tap = no_tap
 ) -> Tensor:
     """Grouped-query attention with soft-capped scores; q ``[batch, heads, q, head_dim]``."""
-    groups = config.num_attention_heads // config.num_key_value_heads
-    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
-    scores = (q * config.query_pre_attn_scalar**-0.5) @ k.transpose(-1, -2)
+    batch, heads, length, size = q.shape
+    kv, keys = k.shape[1:3]
+    # heads that share keys are rows of one product: nothing is repeated
+    rows = heads // kv * length
+    q = (q * config.query_pre_attn_scalar**-0.5).reshape(batch, kv, rows, size)
+    scores = (q @ k.transpose(-1, -2)).view(batch, heads, length, keys)
     tap("scores", scores)
     scores = soft_cap(scores, config.attn_logit_softcapping)
     # a finite floor, as in the official code: a fully masked row (padding) stays finite
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ v
+    shares = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+    return (shares.view(batch, kv, rows, keys) @ v).view(batch, heads, length, size)
+
+
+class Room:
+    """A block's keys and values with room for those to come: a cache that is not copied to grow.
+
+    Args:
+        batch: sequences.
+        length: positions there will be.
+        config: the model.
+        dtype: of keys and values.
+        device: where they lie.
+    """
+
+    def __init__(
+        self, batch: int, length: int, config: GemmaConfig, dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        self._keys, self._values = (
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
+        )
+        self.past = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> Cache:
+        """Put positions behind those there are; all of them."""
+        end = self.past + k.shape[2]
+        self._keys[:, :, self.past : end], self._values[:, :, self.past : end] = k, v
+        self.past = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
 
 
 def embed(tokens: Tensor, table: Tensor, config: GemmaConfig) -> Tensor:
     """Rows of the embedding times sqrt(hidden_size), the factor rounded to the table's dtype first."""
     return table[tokens] * torch.tensor(math.sqrt(config.hidden_size), dtype=table.dtype)
+
+
+def heads(
+    template: str, y: Tensor, weights: Weights, layer: int, config: GemmaConfig, linear: Linear
+) -> Tensor:
+    """A projection of normed states as heads ``[batch, heads, length, head_dim]``."""
+    name = template.format(i=layer)
+    flat = linear(name, y, weights[name])
+    return flat.view(*y.shape[:2], -1, config.head_dim).transpose(1, 2)
+
+
+def keys_values(
+    x: Tensor,
+    weights: Weights,
+    layer: int,
+    config: GemmaConfig,
+    positions: Tensor,
+    *,
+    linear: Linear = plain_linear,
+) -> Cache:
+    """What a block leaves in its cache for positions whose output nobody asks for; arguments as of :func:`block`."""
+    y = rms_norm(x, weights[canonical.INPUT_NORM.format(i=layer)], config.rms_norm_eps)
+    k, v = (heads(t, y, weights, layer, config, linear) for t in (canonical.K, canonical.V))
+    return rotate(k, rope_tables(positions, config, x.dtype)), v
 
 
 def block(
@@ -114,7 +171,7 @@ def block(
     positions: Tensor,
     *,
     padding: Tensor | None = None,
-    cache: Cache | None = None,
+    cache: Cache | Room | None = None,
     linear: Linear = plain_linear,
     tap: Tap = no_tap,
 ) -> tuple[Tensor, Cache]:
@@ -148,14 +205,17 @@ def block(
     y = rms_norm(x, w(canonical.INPUT_NORM), eps)
     tap("attn_in", y)
     q, k, v = (
-        project(t, y).view(batch, length, -1, config.head_dim).transpose(1, 2)
-        for t in (canonical.Q, canonical.K, canonical.V)
+        heads(t, y, weights, layer, config, linear) for t in (canonical.Q, canonical.K, canonical.V)
     )
     q, k = rotate(q, rope), rotate(k, rope)
     key_positions = positions
     if cache is not None:
-        past = cache[0].shape[2]
-        k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+        if isinstance(cache, Room):
+            past = cache.past
+            k, v = cache.extend(k, v)
+        else:
+            past = cache[0].shape[2]
+            k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
         back = torch.arange(-past, 0, device=positions.device)
         key_positions = torch.cat((positions[:, :1] + back, positions), dim=1)
     window = config.sliding_window if config.is_local(layer) else None

@@ -8,65 +8,17 @@ alternate: columns are rounded again with all others fixed (coordinate descent),
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .columns import descend_columns, ldlq_columns
+from .factor import DAMP_LADDER, Factor, damped, factor
 from .grid import quantize_to, search_grid
 from .scheme import Codes, Scheme, on_grid
 
-DAMP_LADDER = (0.01, 0.02, 0.05, 0.10)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """``H`` factored in the order columns are rounded.
-
-    Attributes:
-        order: column indices ``[in_features]``, the first rounded first.
-        unit: unit upper triangular ``[in_features, in_features]``, rows and columns in that order.
-        damp: share of the mean diagonal that was added.
-        dtype: in which it was factored.
-    """
-
-    order: Tensor
-    unit: Tensor
-    damp: float
-    dtype: torch.dtype
-
-
-def factor(
-    hessian: Tensor, *, act_order: bool = True, ladder: tuple[float, ...] = DAMP_LADDER
-) -> Factor | None:
-    """Factor ``H`` with the least damping of the ladder that works, in float32, then in float64.
-
-    Args:
-        hessian: symmetric ``[in_features, in_features]``; not changed. Columns that never saw an input have a zero diagonal.
-        act_order: round columns in descending order of the diagonal, so the most used are rounded with most left to correct.
-        ladder: shares of the mean diagonal to add.
-
-    Returns:
-        None when nothing worked.
-    """
-    diagonal = hessian.diagonal()
-    n = len(diagonal)
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n)
-    back = order.flip(0)
-    reversed_ = hessian[back][:, back]
-    mean = float(diagonal.double().mean())
-    dead = reversed_.diagonal() == 0
-    for dtype in (torch.float32, torch.float64):
-        for damp in ladder:
-            h = reversed_.to(dtype, copy=True)
-            h.diagonal().add_(damp * mean)
-            h.diagonal()[dead] = mean or 1.0
-            lower, failed = torch.linalg.cholesky_ex(h)
-            if not int(failed) and bool(torch.isfinite(lower).all()):
-                upper = lower.flip(0, 1)
-                return Factor(order, upper / upper.diagonal(), damp, dtype)
-    return None
+_SYSTEMS = 1 << 21  # elements of the linear systems that scales are fitted by, at a time
 
 
 class UniformGrid:
@@ -90,8 +42,8 @@ class UniformGrid:
         """See :class:`.columns.Grid`."""
         group = column // self.width
         s, z = self.scales[group], self.zeros[group]
-        q = torch.round(target / s + z).clamp_(0, self.top)
-        return q, (q - z) * s
+        q = (target / s).add_(z).round_().clamp_(0, self.top)
+        return q, (q - z).mul_(s)
 
 
 def ldlq(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, f: Factor) -> Codes:
@@ -169,23 +121,36 @@ def choose(rows: Tensor, yes: Codes, no: Codes) -> Codes:
 def refit(weight: Tensor, codes: Codes, hessian: Tensor, linear: Tensor | None = None) -> Codes:
     """Scales of least loss for given codes: one small linear system per row, then onto the grid."""
     out, groups = codes.scales.shape
-    n = weight.shape[1]
-    zeros = codes.scheme.middle if codes.zeros is None else codes.zeros.float()[..., None]
-    c = codes.codes.view(out, groups, -1).float() - zeros
+    wh = weight @ hessian
+    if linear is not None:
+        wh += linear
+    rows = max(1, _SYSTEMS // (groups * groups))
+    return codes.with_scales(
+        torch.cat([_refit(codes, wh, hessian, slice(a, a + rows)) for a in range(0, out, rows)])
+    )
+
+
+def _refit(codes: Codes, wh: Tensor, hessian: Tensor, rows: slice) -> Tensor:
+    """Scales of some rows, before they are brought onto the grid."""
+    old = codes.scales[rows]
+    out, groups = old.shape
+    zeros = codes.scheme.middle if codes.zeros is None else codes.zeros[rows].float()[..., None]
+    c = codes.codes[rows].view(out, groups, -1).float() - zeros
     width = c.shape[-1]
-    h = hessian.view(groups, width, n)
-    wh = weight @ hessian if linear is None else weight @ hessian + linear
-    b = (wh.view(out, groups, width) * c).sum(-1)
-    a = torch.empty(out, groups, groups)
-    flat = c.view(out, n)
+    flat = c.view(out, -1)
+    b = (wh[rows].view(out, groups, width) * c).sum(-1)
+    a = torch.empty(out, groups, groups, device=old.device)
     for g in range(groups):
-        a[:, g] = ((c[:, g] @ h[g]) * flat).view(out, groups, width).sum(-1)
-    a.diagonal(dim1=1, dim2=2).add_(1e-6 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20)
+        at = g * width  # what lies before is known from the groups before
+        product = (c[:, g] @ hessian[at : at + width, at:]).mul_(flat[:, at:])
+        a[:, g, g:] = product.view(out, groups - g, width).sum(-1)
+        a[:, g:, g] = a[:, g, g:]
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-20)
     fitted, failed = torch.linalg.solve_ex(a, b)
     # a scale that vanished or changed its sign would be another grid: keep the old one
-    old = codes.scales
     bad = ~torch.isfinite(fitted) | (fitted * old <= 0) | (failed != 0)[:, None]
-    return codes.with_scales(torch.where(bad, old, fitted))
+    return torch.where(bad, old, fitted)
 
 
 def descend(
@@ -223,12 +188,14 @@ def gptq(
     codes = ldlq(weight, scales, zeros, scheme, f)
     if not rounds:
         return codes
-    damped = hessian.clone()
-    damped.diagonal().add_(f.damp * float(hessian.diagonal().mean()))
-    return refine(weight, codes, damped, rounds=rounds, sweeps=sweeps)
+    with damped(hessian, f.damp):
+        return refine(weight, codes, hessian, rounds=rounds, sweeps=sweeps)
 
 
 def rtn(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Codes:
     """Nearest codes on the best grid."""
     scales, zeros = search_grid(weight, scheme, importance)
     return Codes(scheme, quantize_to(weight, scales, zeros, scheme), on_grid(scales), zeros)
+
+
+__all__ = ["DAMP_LADDER", "Factor", "factor"]

@@ -14,7 +14,7 @@ from .scheme import Scheme, on_grid
 
 STEPS = 26  # candidate sizes of the range
 SHRINK = 0.55  # the smallest, relative to what holds every weight
-_ROWS = 1 << 22  # elements at a time
+_ELEMENTS = 1 << 17  # searched at a time: what is gone over a hundred times stays in the cache
 
 
 def plain_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
@@ -53,7 +53,7 @@ def search_grid(
         if importance is None
         else importance.to(weight).view(-1, weight.shape[1])
     )
-    rows = max(1, _ROWS // weight.shape[1])
+    rows = max(1, _ELEMENTS // weight.shape[1])
     search = _search_symmetric if scheme.symmetric else _search_asymmetric
     parts = [
         search(
@@ -84,13 +84,13 @@ def _grouped(x: Tensor, scheme: Scheme) -> Tensor:
 def _nearest(w: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
     """Codes as floats, shape of ``w`` ``[out, groups, width]``."""
     z = scheme.middle if zeros is None else zeros.to(w)[..., None]
-    return torch.round(w / scales[..., None] + z).clamp_(0, scheme.levels - 1)
+    return (w / scales[..., None]).add_(z).round_().clamp_(0, scheme.levels - 1)
 
 
 def _error(w: Tensor, h: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
     z = scheme.middle if zeros is None else zeros.to(w)[..., None]
-    back = (_nearest(w, scales, zeros, scheme) - z) * scales[..., None]
-    return (h * (w - back).square_()).sum(-1)
+    back = _nearest(w, scales, zeros, scheme).sub_(z).mul_(scales[..., None])
+    return back.sub_(w).square_().mul_(h).sum(-1)
 
 
 def _search_symmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, None]:
@@ -98,12 +98,14 @@ def _search_symmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Non
     largest = w.gather(-1, at)[..., 0]  # with its sign: it maps to code 0, the far end
     best = on_grid(largest / -scheme.middle)
     least = _error(w, h, best, None, scheme)
+    hw = h * w
     for k in range(STEPS):
         size = 1.0 + 0.5 / scheme.middle - (1.0 - SHRINK) * k / (STEPS - 1)
         for sign in (-1.0, 1.0):
             start = largest * (sign * size / scheme.middle)
-            q = _nearest(w, _nonzero(start), None, scheme) - scheme.middle
-            fitted = (h * w * q).sum(-1) / (h * q * q).sum(-1).clamp_min(1e-30)
+            q = _nearest(w, _nonzero(start), None, scheme).sub_(scheme.middle)
+            over = (hw * q).sum(-1)
+            fitted = over / q.square_().mul_(h).sum(-1).clamp_min(1e-30)
             candidate = on_grid(torch.where(fitted == 0, start, fitted))
             error = _error(w, h, candidate, None, scheme)
             better = error < least

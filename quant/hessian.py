@@ -7,8 +7,9 @@ BOS, whose activations are hundreds of times larger, would else decide everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..model import canonical
 from ..model.config import GemmaConfig
 
 HELD_ROWS = 4096  # tokens of held-out input that are kept
+PANEL = 512  # columns of a Hessian at a time
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,25 @@ class Moments:
         width: in_features.
         epsilon: of the norm behind the stage, whose tokens are then weighted; None for none.
         held_rows: most held-out inputs to keep.
+        device: where sums lie.
+
+    Attributes:
+        squares: float64 ``[in_features]``, sum of squared inputs without any weights, as importance matrices have it.
     """
 
     def __init__(
-        self, names: Sequence[str], width: int, epsilon: float | None, held_rows: int = HELD_ROWS
+        self,
+        names: Sequence[str],
+        width: int,
+        epsilon: float | None,
+        held_rows: int = HELD_ROWS,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.names = tuple(names)
         self._epsilon = epsilon
-        self._sum = torch.zeros(width, width)
-        self._weight = 0.0
+        self._sum = torch.zeros(width, width, device=device)
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self._given: Tensor | None = None
         self._tokens = 0
         self._held: list[Tensor] = []
         self._room = held_rows
@@ -71,13 +83,13 @@ class Moments:
         """Inputs in the Hessian."""
         return self._tokens
 
-    def _rows(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inputs as rows, weighted."""
+    def rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inputs as rows, weighted by the first layer's outputs y."""
         rows = x.reshape(-1, x.shape[-1])
         if self._epsilon is not None:
             power = y.reshape(-1, y.shape[-1]).square().mean(-1, keepdim=True)
             rows = rows * torch.rsqrt(power + self._epsilon)
-        if not bool(torch.isfinite(rows).all()):
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(rows)):
             raise NonFiniteError(
                 "its input is NaN or infinite on calibration text.",
                 tensor=self.names[0],
@@ -91,16 +103,26 @@ class Moments:
         Raises:
             NonFiniteError: names the layer.
         """
-        rows = self._rows(x, y)
-        self._sum.addmm_(rows.T, rows)
+        rows = self.rows(x, y)
+        self.squares += x.reshape(rows.shape).square().sum(0, dtype=torch.float64)
+        add_product(self._sum, rows)
         self._tokens += len(rows)
 
-    def hold(self, x: Tensor, y: Tensor) -> None:
-        """Keep held-out inputs, weighted alike, up to ``held_rows`` of them."""
-        rows = self._rows(x, y)[: self._room]
+    def mean_squares(self) -> Tensor:
+        """float32 ``[in_features]``."""
+        return (self.squares / max(1, self._tokens)).float()
+
+    def take(self, hessian: Tensor, tokens: int) -> None:
+        """A Hessian from elsewhere, of so many tokens, instead of inputs."""
+        self._given, self._tokens = hessian, tokens
+
+    def hold(self, x: Tensor, y: Tensor) -> int:
+        """Keep held-out inputs, weighted alike, up to ``held_rows`` of them; says how many of these."""
+        rows = self.rows(x, y)[: self._room]
         self._room -= len(rows)
         if len(rows):
             self._held.append(rows.clone())
+        return len(rows)
 
     def hessian(self) -> Tensor:
         """``mean(x x^T)`` float32 ``[in_features, in_features]``, symmetric; the sum is given up for it.
@@ -108,9 +130,12 @@ class Moments:
         Raises:
             NonFiniteError: it overflowed.
         """
-        h = self._sum.div_(max(1, self._tokens))
+        h = self._given
+        if h is None:
+            h = mirror(self._sum.div_(max(1, self._tokens)))
         self._sum = torch.empty(0, 0)
-        if not bool(torch.isfinite(h).all()):
+        # inputs are finite, so no other element is larger than the largest of the diagonal
+        if not bool(torch.isfinite(h.diagonal()).all()):
             raise NonFiniteError(
                 "the second moments of its input overflow.",
                 tensor=self.names[0],
@@ -120,15 +145,51 @@ class Moments:
 
     def held(self) -> Tensor:
         """Held-out inputs ``[rows, in_features]``."""
-        return torch.cat(self._held) if self._held else torch.empty(0, self._width)
-
-    @property
-    def _width(self) -> int:
-        return self._sum.shape[0]
+        if self._held:
+            return torch.cat(self._held)
+        return torch.empty(0, self._sum.shape[0], device=self._sum.device)
 
 
-class _EnoughError(Exception):
+def add_product(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows^T rows`` to ``total`` ``[n, n]``, no more than is on and above its diagonal blocks."""
+    for a in range(0, len(total), PANEL):
+        total[a : a + PANEL, a:].addmm_(rows[:, a : a + PANEL].t(), rows[:, a:])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Make what :func:`add_product` filled symmetric, in place."""
+    for a in range(0, len(total), PANEL):
+        b = min(a + PANEL, len(total))
+        block = total[a:b, a:b]
+        block.copy_(block.triu() + block.triu(1).t())
+        total[b:, a:b] = total[a:b, b:].t()
+    return total
+
+
+class EnoughError(Exception):
     """The forward pass has gone as far as it is needed."""
+
+
+class Companion(Protocol):
+    """Runs beside and is told what is seen: :class:`.mismatch.Beside`."""
+
+    def follow(self, batches: Iterator[Tensor]) -> None:
+        """Its own batches from here on."""
+
+    def next(self) -> None:
+        """A batch begins."""
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> None:
+        """A stage's input, and its first layer's output."""
+
+    def hold(self, name: str, x: Tensor, y: Tensor, count: int) -> None:
+        """Held out, the first ``count`` of them kept."""
+
+    def cross(self, name: str, tokens: int) -> Tensor:
+        """What :meth:`add` summed up of a stage, ``[in_features, in_features]``."""
+
+    def held(self, name: str) -> Tensor:
+        """What :meth:`hold` kept ``[rows, in_features]``."""
 
 
 class Collector:
@@ -140,6 +201,13 @@ class Collector:
         config: the model.
         weights: of the block; gives widths.
         held_rows: per stage.
+        kind: of moments.
+        stop: go no further than the last stage's input; else the block is run to its end.
+
+    Attributes:
+        moments: of each stage.
+        holding: inputs are held out now.
+        beside: told what goes by, or None.
     """
 
     def __init__(
@@ -149,6 +217,9 @@ class Collector:
         config: GemmaConfig,
         weights: dict[str, Tensor],
         held_rows: int = HELD_ROWS,
+        *,
+        kind: type[Moments] = Moments,
+        stop: bool = True,
     ) -> None:
         self.moments: list[Moments] = []
         self._first: dict[str, Moments] = {}
@@ -156,20 +227,29 @@ class Collector:
             names = stage.names(layer)
             weigh = stage.normalised and config.has_post_norms
             epsilon = config.rms_norm_eps if weigh else None
-            found = Moments(names, weights[names[0]].shape[1], epsilon, held_rows)
+            first = weights[names[0]]
+            found = kind(names, first.shape[1], epsilon, held_rows, first.device)
             self.moments.append(found)
             self._first[names[0]] = found
-        self._last = stages[-1].names(layer)[0]
+        self._last = stages[-1].names(layer)[0] if stop else None
         self.holding = False
+        self.beside: Companion | None = None
 
     def __call__(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
         """The plain product; notes the input of each stage's first layer."""
         y = torch.nn.functional.linear(x, weight)
         found = self._first.get(name)
         if found is not None:
-            (found.hold if self.holding else found.add)(x, y)
+            if self.holding:
+                count = found.hold(x, y)
+                if self.beside is not None:
+                    self.beside.hold(name, x, y, count)
+            else:
+                found.add(x, y)
+                if self.beside is not None:
+                    self.beside.add(name, x, y)
             if name == self._last:
-                raise _EnoughError
+                raise EnoughError
         return y
 
     def watch(
@@ -184,7 +264,9 @@ class Collector:
         """
         self.holding = holding
         for batch in batches:
+            if self.beside is not None:
+                self.beside.next()
             try:
                 run(batch)
-            except _EnoughError:
+            except EnoughError:
                 continue

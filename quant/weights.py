@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..convert.open import Checkpoint, LazyTensor
+from ..formats.dtypes import BF16
 from ..formats.errors import NonFiniteError
 from ..model import canonical
 
@@ -16,21 +17,45 @@ _ROWS = 1 << 22  # elements of the embedding at a time
 
 
 class Weights:
-    """Reads blocks of a checkpoint in float32; keeps those that fit into ``budget`` bytes for the next time.
+    """Reads blocks of a checkpoint; keeps those that fit into ``budget`` bytes for the next time.
 
     Args:
         checkpoint: of any format.
-        budget: bytes of float32 to keep; 0 keeps nothing.
+        budget: bytes to keep; 0 keeps nothing.
+        dtype: to read in.
+        device: to put them on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, budget: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        budget: int = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.checkpoint = checkpoint
+        self.dtype, self.device = dtype, torch.device(device)
         self._left = budget
         self._kept: dict[int, dict[str, Tensor]] = {}
-        self._table: list[tuple[int, int, Tensor]] = []
+        self._table: Tensor | None = None
+
+    def _read(self, tensor: LazyTensor) -> Tensor:
+        return self._placed(tensor.read(), tensor.name)
+
+    def _placed(self, array: np.ndarray, name: str) -> Tensor:
+        return as_tensor(array, name, self.dtype).to(self.device)
+
+    def _fits(self, elements: int) -> bool:
+        """Take room for a number of elements, if there is any."""
+        nbytes = elements * self.dtype.itemsize
+        if nbytes > self._left:
+            return False
+        self._left -= nbytes
+        return True
 
     def block(self, layer: int) -> dict[str, Tensor]:
-        """Canonical name -> float32 tensor of a block's weights.
+        """Canonical name -> tensor of a block's weights.
 
         Raises:
             NonFiniteError: NaN or infinity; names the tensor.
@@ -38,49 +63,51 @@ class Weights:
         if layer in self._kept:
             return dict(self._kept[layer])
         names = canonical.layer_names(self.checkpoint.config, layer)
-        found = {n: read(self.checkpoint.tensors[n]) for n in names}
-        size = sum(4 * t.numel() for t in found.values())
-        if size <= self._left:
-            self._left -= size
+        found = {n: self._read(self.checkpoint.tensors[n]) for n in names}
+        if self._fits(sum(t.numel() for t in found.values())):
             self._kept[layer] = dict(found)
         return found
 
     def final_norm(self) -> Tensor:
-        """float32 ``[hidden_size]``."""
-        return read(self.checkpoint.tensors[canonical.FINAL_NORM])
+        """``[hidden_size]``."""
+        return self._read(self.checkpoint.tensors[canonical.FINAL_NORM])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """float32 ``[…, hidden_size]``: rows of the embedding, the factor rounded to the model's own dtype as the model does."""
+        """``[…, hidden_size]``: rows of the embedding, the factor rounded to the model's own dtype as the model does."""
         config = self.checkpoint.config
         table = self.checkpoint.tensors[canonical.EMBED]
-        ids, place = torch.unique(tokens, return_inverse=True)
-        rows = torch.empty(len(ids), config.hidden_size)
+        scale = torch.tensor(config.hidden_size**0.5, dtype=_model_dtype(table)).to(self.dtype)
+        if self._table is not None:
+            return self._table[tokens.to(self.device)] * scale.to(self.device)
+        ids, place = torch.unique(tokens.cpu(), return_inverse=True)
+        rows = torch.empty(len(ids), config.hidden_size, dtype=self.dtype, device=self.device)
         want = ids.numpy()
         for start, stop in _runs(want, _ROWS // config.hidden_size):
             at = slice(*np.searchsorted(want, (start, stop)))
-            block = as_float32(table.read_rows(start, stop), table.name)
-            rows[at] = block[torch.from_numpy(want[at] - start)]
-        scale = torch.tensor(config.hidden_size**0.5, dtype=_model_dtype(table)).float()
-        return (rows * scale)[place]
+            block = as_tensor(table.read_rows(start, stop), table.name, self.dtype)
+            rows[at] = block[torch.from_numpy(want[at] - start)].to(self.device)
+        return (rows * scale.to(self.device))[place.to(self.device)]
 
     def table(self) -> Iterator[tuple[int, int, Tensor]]:
-        """``(first, behind, rows)`` of the output head, float32."""
-        if self._table:
-            yield from self._table
-            return
-        table, vocab = self.checkpoint.tensors[canonical.EMBED], self.checkpoint.config.vocab_size
-        keep = 4 * vocab * self.checkpoint.config.hidden_size <= self._left
-        kept = []
-        step = max(1, _ROWS // self.checkpoint.config.hidden_size)
+        """``(first, behind, rows)`` of the output head."""
+        table, config = self.checkpoint.tensors[canonical.EMBED], self.checkpoint.config
+        vocab, width = config.vocab_size, config.hidden_size
+        if self._table is None and self._fits(vocab * width):
+            self._table = torch.empty(vocab, width, dtype=self.dtype, device=self.device)
+            for start, stop, rows in self._parts(table, vocab, width):
+                self._table[start:stop] = rows
+        if self._table is not None:
+            yield 0, vocab, self._table
+        else:
+            yield from self._parts(table, vocab, width)
+
+    def _parts(
+        self, table: LazyTensor, vocab: int, width: int
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        step = max(1, _ROWS // width)
         for start in range(0, vocab, step):
             stop = min(start + step, vocab)
-            block = (start, stop, as_float32(table.read_rows(start, stop), table.name))
-            if keep:
-                kept.append(block)
-            yield block
-        if keep:
-            self._left -= 4 * vocab * self.checkpoint.config.hidden_size
-            self._table = kept
+            yield start, stop, self._placed(table.read_rows(start, stop), table.name)
 
 
 def _runs(ids: np.ndarray, step: int) -> Iterator[tuple[int, int]]:
@@ -103,18 +130,24 @@ def read(tensor: LazyTensor) -> Tensor:
     Raises:
         NonFiniteError: NaN or infinity in it.
     """
-    return as_float32(tensor.read(), tensor.name)
+    return as_tensor(tensor.read(), tensor.name)
 
 
-def as_float32(array: np.ndarray, name: str) -> Tensor:
-    """An array of any float type as float32, checked.
+def as_tensor(array: np.ndarray, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An array of any float type as a tensor, checked.
 
     Raises:
         NonFiniteError: NaN or infinity; names the tensor.
     """
-    found = torch.from_numpy(np.array(array, dtype=np.float32))
-    if not bool(torch.isfinite(found).all()):
-        bad = int((~torch.isfinite(found)).sum())
+    if array.dtype == BF16:
+        raw = np.ascontiguousarray(array)
+        raw = raw if raw.flags.writeable else raw.copy()
+        found = torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).to(dtype)
+    else:
+        found = torch.from_numpy(np.array(array, dtype=np.float32)).to(dtype)
+    flat = found.view(-1)
+    bad = sum(int((~torch.isfinite(flat[a : a + _ROWS])).sum()) for a in range(0, len(flat), _ROWS))
+    if bad:
         raise NonFiniteError(
             f"{bad} of {found.numel()} weights are NaN or infinite.",
             tensor=name,

@@ -27,7 +27,7 @@ from g2kit.model import torch_gemma as tg
 from g2kit.model.sample import sample_dir, training_text
 from g2kit.quant.calibration import Wanted, divide, read_calibration, render_chat
 from g2kit.quant.sampling import sample_sequences
-from g2kit.quant.weights import Weights, as_float32
+from g2kit.quant.weights import Weights, as_tensor
 
 SMALL = Wanted(samples=6, seq_len=32, held_out=0.34)
 
@@ -256,5 +256,5 @@ def test_embedding_rows_equal_the_forward_pass(sample: Checkpoint) -> None:
 
 def test_weights_that_are_not_finite_are_named() -> None:
     with pytest.raises(NonFiniteError, match="1 of 3 weights") as e:
-        as_float32(np.array([1, np.nan, 2], np.float16), "model.norm.weight")
+        as_tensor(np.array([1, np.nan, 2], np.float16), "model.norm.weight")
     assert e.value.tensor == "model.norm.weight"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...formats.errors import LossyError, NonFiniteError, ShapeError
-from ..gptq import Factor
+from ..factor import Factor, damped
 from . import hessian as hessian_rounding
 from . import layout
 from .plain import PLAIN, encode_plain
@@ -63,7 +63,7 @@ def encode(
         name: one of :data:`.types.FORMATS`, in either case.
         importance: weight of each column's squared error ``[in_features]``, such as an imatrix; ignored with a Hessian.
         hessian: second moments of the inputs ``[in_features, in_features]``.
-        factor: ``gptq.factor(hessian)``, required with a Hessian.
+        factor: ``factor(hessian)``, required with a Hessian.
         rounds: of the refinement after LDLQ.
         sweeps: over the codes per round.
 
@@ -87,10 +87,12 @@ def encode(
     h = hessian.diagonal() if hessian is not None else importance
     fields = _search(scaled, f, _positive(h, w.shape[1]), unit)
     if hessian is not None and factor is not None:
-        damped = hessian.float().clone()
-        damped.diagonal().add_(factor.damp * float(hessian.diagonal().double().mean()))
         fields = hessian_rounding.round_into(scaled, fields, factor)
-        fields = hessian_rounding.refine(scaled, fields, damped, unit, rounds=rounds, sweeps=sweeps)
+        hessian = hessian.float()
+        with damped(hessian, factor.damp):
+            fields = hessian_rounding.refine(
+                scaled, fields, hessian, unit, rounds=rounds, sweeps=sweeps
+            )
     return Blocks(f, layout.pack(in_units(fields, unit)))
 
 
@@ -159,5 +161,5 @@ def _check(
     if hessian is not None and (factor is None or len(factor.order) != n):
         raise ShapeError(
             f"the Hessian's factor is missing or not of {n} columns.",
-            fix="pass factor=gptq.factor(hessian).",
+            fix="pass factor=factor(hessian).",
         )

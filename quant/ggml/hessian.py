@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..columns import descend_columns, ldlq_columns
-from ..gptq import Factor
+from ..factor import Factor
 from .types import TINY, BlockFormat, Fields, inverse, to_half
 
 LEAST_GAIN = 2e-3  # of the loss; a round that gains less is the last
