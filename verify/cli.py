@@ -12,8 +12,9 @@ from typing import Any
 
 import click
 
-from .. import __version__
+from .. import commands
 from .. import report as reports
+from ..commands import choice, flag, group, path, path_option
 from ..formats import strict_json
 from ..formats.errors import EXIT_FAIL, FormatError, G2Error, UsageError
 from ..machine import Stopwatch
@@ -21,15 +22,7 @@ from ..outputs import Outputs
 from ..sealed import dumps, sealed
 from ..terminal import Meter, dump_json, reporting, run_cli
 from . import show
-from .command_options import (
-    PROFILES,
-    config_options,
-    engine_options,
-    file,
-    path,
-    probe_options,
-    report_options,
-)  # fmt: skip
+from .command_options import PROFILES, config_options, engine_options, probe_options, report_options
 from .document import error_document
 from .document_check import check_verdict
 from .options import Options, engines, parse_shard
@@ -63,12 +56,7 @@ each: smoke the least, full all.
 """
 
 
-@click.group(
-    epilog=_EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-@click.version_option(__version__, prog_name="g2verify")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@group("g2verify", _EPILOG)
 def g2verify(debug: bool) -> None:
     """Run two Gemma checkpoints, in any formats and by any runners, and say whether they are the same model."""
 
@@ -94,10 +82,12 @@ def g2verify(debug: bool) -> None:
     show_default=True,
     help="Thresholds are this many noise floors.",
 )
-@click.option("--reference-embedding", metavar="MODEL", type=click.Path(path_type=Path),
-              help="Checkpoint with the embedding of a recording that does not carry it.")  # fmt: skip
-@click.option("--candidate-embedding", metavar="MODEL", type=click.Path(path_type=Path),
-              help="The same where CAND is a recording too.")  # fmt: skip
+@path_option(
+    "reference-embedding",
+    "Checkpoint with the embedding of a recording that does not carry it.",
+    metavar="MODEL",
+)
+@path_option("candidate-embedding", "The same where CAND is a recording too.", metavar="MODEL")
 @click.option("--shard", metavar="i/N", help="Do this share only; write the part with --report.")
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
 @report_options(shards=True)
@@ -143,17 +133,11 @@ def weights(ref: Path, cand: Path, **o: Any) -> None:
 @engine_options(two=False)
 @config_options(two=False)
 @probe_options
-@click.option(
-    "--with-embedding",
-    is_flag=True,
-    help="Carry the embedding along, so that the reader needs none.",
-)
-@click.option(
-    "--no-floor", is_flag=True, help="Do not measure the noise floor (X1 is INCONCLUSIVE without)."
-)
-@click.option("--overwrite", is_flag=True, help="Replace a recording at OUT.")
-@click.option("--json", "as_json", is_flag=True, help="Print the recording's document.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@flag("with-embedding", "Carry the embedding along, so that the reader needs none.")
+@flag("no-floor", "Do not measure the noise floor (X1 is INCONCLUSIVE without).")
+@commands.overwrite("a recording at OUT")
+@commands.as_json("Print the recording's document.")
+@commands.quiet()
 def record(model: Path, out: Path, **o: Any) -> None:
     """Run MODEL and write the directory OUT: hidden states, largest logits, fingerprints, noise floor."""
     from .compare import record_model
@@ -192,13 +176,7 @@ def merge(parts: tuple[Path, ...], **o: Any) -> None:
 @path("model")
 @config_options(two=False)
 @click.option("--device", metavar="NAME", help="torch's name of the device.")
-@click.option(
-    "--profile",
-    type=click.Choice(PROFILES),
-    default="ci",
-    show_default=True,
-    help="Probes to choose from.",
-)
+@choice("profile", PROFILES, "ci", "Probes to choose from.")
 @click.option("--only", metavar="IDS", help="Comma-separated ids of mistakes; default all.")
 @report_options()
 def self_test(model: Path, **o: Any) -> None:
@@ -219,14 +197,12 @@ def self_test(model: Path, **o: Any) -> None:
 
 @g2verify.command(short_help="Write a model's logits to a .npy file.")
 @path("model")
-@click.option("--tokens", metavar="FILE.npy", required=True, type=click.Path(path_type=Path),
-              help="Token ids, [n] or [batch, n].")  # fmt: skip
-@click.option("--out", metavar="FILE.npy", required=True, type=click.Path(path_type=Path),
-              help="Written: float32 [batch, n, vocabulary].")  # fmt: skip
+@path_option("tokens", "Token ids, [n] or [batch, n].", metavar="FILE.npy", required=True)
+@path_option("out", "Written: float32 [batch, n, vocabulary].", metavar="FILE.npy", required=True)
 @engine_options(two=False)
 @config_options(two=False)
-@click.option("--json", "as_json", is_flag=True, help="Print shape and place as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@commands.as_json("Print shape and place as JSON.")
+@commands.quiet()
 def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
     """Run MODEL over token ids and write every logit, tile by tile."""
     from .compare import logits_to_file
@@ -248,13 +224,13 @@ def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
 
 
 @g2verify.command("report", short_help="Make HTML, JUnit or Markdown from a JSON report.")
-@click.argument("document", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the document.")
-@file("html", "Write one self-contained HTML page.")
-@file("junit", "Write JUnit XML.")
-@file("markdown", "Write a summary of at most 40 lines.")
-@file("model-card", "Write a fragment for a model card.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@path("document")
+@commands.as_json("Print the document.")
+@path_option("html", "Write one self-contained HTML page.")
+@path_option("junit", "Write JUnit XML.")
+@path_option("markdown", "Write a summary of at most 40 lines.")
+@path_option("model-card", "Write a fragment for a model card.")
+@commands.quiet()
 def render(document: Path, **o: Any) -> None:
     """Render DOCUMENT, a report.json, again. The exit code is 0 whatever its verdict."""
     makers = {**RENDERERS, "model_card": _model_card}

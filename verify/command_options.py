@@ -2,104 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
 import click
 
+from .. import commands
+from ..commands import Option, choice, path_option, together
 from .runners import RUNNERS
 
-Command = Callable[..., Any]
 PROFILES = ("smoke", "ci", "full")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
-def apply(f: Command, options: Sequence[Callable[[Any], Any]]) -> Command:
-    """``f`` with the options, in their order."""
-    for option in reversed(options):
-        f = option(f)
-    return f
-
-
-def file(name: str, text: str) -> Callable[[Command], Command]:
-    """An option that names a file to write."""
-    return click.option(f"--{name}", metavar="FILE", type=click.Path(path_type=Path), help=text)
-
-
-def report_options(*, shards: bool = False) -> Callable[[Command], Command]:
+def report_options(*, shards: bool = False) -> Option:
     """Where a report goes, or a part of one."""
     part = " (with --shard: the part)" if shards else ""
-
-    def add(f: Command) -> Command:
-        return apply(f, [
-            click.option("--json", "as_json", is_flag=True, help="Print the one JSON document to stdout."),
-            file("report", f"Write the JSON document{part}."),
-            file("html", "Write one self-contained HTML page."),
-            file("junit", "Write JUnit XML: a test case per claim and check."),
-            file("markdown", "Write a summary of at most 40 lines."),
-            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-        ])  # fmt: skip
-
-    return add
+    return together(
+        commands.as_json("Print the one JSON document to stdout."),
+        path_option("report", f"Write the JSON document{part}."),
+        path_option("html", "Write one self-contained HTML page."),
+        path_option("junit", "Write JUnit XML: a test case per claim and check."),
+        path_option("markdown", "Write a summary of at most 40 lines."),
+        commands.quiet(),
+    )
 
 
-def config_options(two: bool) -> Callable[[Command], Command]:
+def config_options(two: bool) -> Option:
     """Configurations of one side or ``two``."""
-
-    def add(f: Command) -> Command:
-        options: list[Callable[[Any], Any]] = [
-            click.option("--config", metavar="PRESET|FILE",
-                         help="The configuration, for checkpoints that carry none; wins over what they say."),
-            click.option("--fix-config", is_flag=True,
-                         help="Correct values known to be wrong in published files."),
-            click.option("--gating", type=click.Choice(["df", "fd"]),
-                         help="Orientation of Flax gating matrices, [2, d, f] or [2, f, d], where sizes do not tell."),
-        ]  # fmt: skip
-        if two:
-            options += [
-                click.option("--ref-config", metavar="PRESET|FILE", help="The same for the reference only."),
-                click.option("--cand-config", metavar="PRESET|FILE", help="The same for the candidate only."),
-            ]  # fmt: skip
-        return apply(f, options)
-
-    return add
+    sides = [
+        commands.config(f"The same for the {side} only.", name=name)
+        for name, side in (("ref-config", "reference"), ("cand-config", "candidate"))
+    ]
+    return together(
+        commands.config(
+            "The configuration, for checkpoints that carry none; wins over what they say."
+        ),
+        commands.fix_config,
+        commands.gating,
+        *(sides if two else []),
+    )
 
 
-def engine_options(two: bool) -> Callable[[Command], Command]:
+def engine_options(two: bool) -> Option:
     """What runs one side or ``two``."""
-
-    def add(f: Command) -> Command:
-        both = " of both sides" if two else ""
-        options: list[Callable[[Any], Any]] = [
-            click.option("--runner", type=click.Choice(list(RUNNERS)), help=f"Implementation{both}; default torch."),
-            click.option("--dtype", type=click.Choice(DTYPES), help=f"Compute type{both}; default float32."),
-            click.option("--device", metavar="NAME", help=f"Device{both}: cpu, cuda, cuda:1, tpu, …"),
-            click.option("--mesh", metavar="data=N,model=M", help="Devices of the jax runner."),
-        ]  # fmt: skip
-        if two:
-            options += [
-                click.option("--cand-runner", type=click.Choice(list(RUNNERS)), help="Implementation of the candidate."),
-                click.option("--cand-dtype", type=click.Choice(DTYPES), help="Compute type of the candidate."),
-                click.option("--cand-device", metavar="NAME", help="Device of the candidate."),
-            ]  # fmt: skip
-        return apply(f, options)
-
-    return add
+    both = " of both sides" if two else ""
+    options: list[Option] = [
+        *_engine("", f"Implementation{both}; default torch.", f"Compute type{both}; default float32.",
+                 f"Device{both}: cpu, cuda, cuda:1, tpu, …"),
+        click.option("--mesh", metavar="data=N,model=M", help="Devices of the jax runner."),
+    ]  # fmt: skip
+    if two:
+        options += _engine("cand-", "Implementation of the candidate.", "Compute type of the candidate.",
+                           "Device of the candidate.")  # fmt: skip
+    return together(*options)
 
 
-def probe_options(f: Command) -> Command:
-    """What is run."""
-    return apply(f, [
-        click.option("--profile", type=click.Choice(PROFILES), default="ci", show_default=True, help="How much to run."),
-        click.option("--text", metavar="FILE", type=click.Path(path_type=Path),
-                     help="UTF-8 text whose pieces replace the built-in documents."),
-        click.option("--tokens", metavar="FILE.npy", type=click.Path(path_type=Path),
-                     help="Token ids, [n] or [documents, n], that replace them."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of pseudo-random token ids."),
-    ])  # fmt: skip
+def _engine(prefix: str, runner: str, dtype: str, device: str) -> list[Option]:
+    return [
+        click.option(f"--{prefix}runner", type=click.Choice(list(RUNNERS)), help=runner),
+        click.option(f"--{prefix}dtype", type=click.Choice(DTYPES), help=dtype),
+        click.option(f"--{prefix}device", metavar="NAME", help=device),
+    ]
 
 
-def path(name: str) -> Callable[[Command], Command]:
-    """A path as argument."""
-    return click.argument(name, type=click.Path(path_type=Path))
+probe_options = together(
+    choice("profile", PROFILES, "ci", "How much to run."),
+    path_option("text", "UTF-8 text whose pieces replace the built-in documents."),
+    path_option(
+        "tokens", "Token ids, [n] or [documents, n], that replace them.", metavar="FILE.npy"
+    ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of pseudo-random token ids."
+    ),
+)
