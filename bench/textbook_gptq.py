@@ -93,7 +93,6 @@ class Watch:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.rows = 0
 
     def __call__(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -117,18 +116,21 @@ def quantize(
     """
     out = dict(weights)
     states = [tg.embed(part, weights[canonical.EMBED], config) for part in ids.split(BATCH)]
-    positions = torch.arange(ids.shape[1])
     for layer in range(config.num_hidden_layers):
-
-        def run(w: Mapping[str, Tensor], linear: tg.Linear, at: int = layer) -> list[Tensor]:
-            return [
-                tg.block(x, w, at, config, positions.expand(x.shape[:2]), linear=linear)[0]
-                for x in states
-            ]
-
         watch = Watch()
-        after = run(weights, watch)
+        after = _through(layer, weights, states, config, watch)
         for name, moments in watch.sums.items():
             out[name] = rounder(name, weights[name], moments / ids.numel())
-        states = run(out, tg.plain_linear) if propagate else after
+        states = _through(layer, out, states, config) if propagate else after
     return out
+
+
+def _through(
+    layer: int, weights: Mapping[str, Tensor], states: list[Tensor], config: GemmaConfig,
+    linear: tg.Linear = tg.plain_linear,
+) -> list[Tensor]:  # fmt: skip
+    positions = torch.arange(states[0].shape[1])
+    return [
+        tg.block(x, weights, layer, config, positions.expand(x.shape[:2]), linear=linear)[0]
+        for x in states
+    ]

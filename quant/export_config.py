@@ -81,6 +81,27 @@ def int_quantized(schemes: Schemes, dense: Sequence[str]) -> dict[str, Settings]
     return {"quantization_config": _compressed_tensors("int-quantized", schemes, dense)}
 
 
+# vLLM and SGLang look a merged matrix up under its own name
+_MERGED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def _merged(schemes: Schemes) -> dict[str, Scheme]:
+    """Names of matrices that servers merge -> the scheme of their parts, where these have one."""
+    found = {}
+    for name, parts in _MERGED.items():
+        for module in schemes:
+            if not module.endswith(parts[0]):
+                continue
+            layer = module.removesuffix(parts[0])
+            have = {schemes.get(layer + p) for p in parts}
+            if len(have) == 1:
+                found[layer + name] = schemes[module]
+    return found
+
+
 def gptq(schemes: Schemes, dense: Sequence[str]) -> dict[str, Settings]:
     """config.json keys for GPTQ version 1; the first pattern of ``dynamic`` that matches a module wins."""
     default = commonest(schemes)
@@ -88,7 +109,7 @@ def gptq(schemes: Schemes, dense: Sequence[str]) -> dict[str, Settings]:
         f"+:^{re.escape(module)}$": {
             "bits": s.bits, "desc_act": False, "group_size": s.group_size, "sym": s.symmetric,
         }
-        for module, s in schemes.items()
+        for module, s in {**schemes, **_merged(schemes)}.items()
         if s != default
     }  # fmt: skip
     dynamic |= {f"-:^{re.escape(module)}$": {} for module in dense}
