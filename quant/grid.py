@@ -2,7 +2,8 @@
 
 The loss of a group is ``sum_i h_i (w_i - w'_i)^2`` with ``h`` the Hessian's diagonal. Every candidate
 scale is refitted in closed form to the codes it gives (least squares), brought onto the grid of scales that can be
-stored, and judged with the codes it gives then.
+stored, and judged with those codes: three sums per candidate decide all of it. The best one goes on with the codes nearest
+to it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .scheme import Scheme, on_grid
 
 STEPS = 26  # candidate sizes of the range
 SHRINK = 0.55  # the smallest, relative to what holds every weight
+POLISH = 2  # times that the best scale is refitted to the codes nearest to it
 _ELEMENTS = 1 << 17  # searched at a time: what is gone over a hundred times stays in the cache
 
 
@@ -93,53 +95,99 @@ def _error(w: Tensor, h: Tensor, scales: Tensor, zeros: Tensor | None, scheme: S
     return back.sub_(w).square_().mul_(h).sum(-1)
 
 
-def _search_symmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, None]:
+class _Best:
+    """The candidates of least error so far."""
+
+    def __init__(self, scales: Tensor, zeros: Tensor | None, error: Tensor) -> None:
+        self.scales, self.zeros, self.error = scales, zeros, error
+
+    def offer(self, scales: Tensor, zeros: Tensor | None, error: Tensor) -> None:
+        """Take them where they are better."""
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scales = torch.where(better, scales, self.scales)
+        if self.zeros is not None and zeros is not None:
+            self.zeros = torch.where(better, zeros.to(self.zeros), self.zeros)
+
+
+class _Sums:
+    """What the error of codes depends on: with ``c = code - zero`` it is quadratic in the scale."""
+
+    def __init__(self, w: Tensor, h: Tensor) -> None:
+        self.h, self.hw = h, h * w
+        self.hww = (self.hw * w).sum(-1)
+
+    def of(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """``sum h w c`` and ``sum h c^2``; ``c`` is used up."""
+        return (self.hw * c).sum(-1), c.square_().mul_(self.h).sum(-1)
+
+    def error(self, s: Tensor, hwc: Tensor, hcc: Tensor) -> Tensor:
+        """``sum h (w - s c)^2``."""
+        return self.hww - s * (2.0 * hwc - s * hcc)
+
+
+def _polished(
+    w: Tensor, sums: _Sums, first: _Best, found: _Best, scheme: Scheme
+) -> tuple[Tensor, Tensor | None]:
+    """The better of two with the codes nearest to them, its scale refitted to those as long as that helps."""
+    first.offer(found.scales, found.zeros, _error(w, sums.h, found.scales, found.zeros, scheme))
+    for _ in range(POLISH):
+        z = scheme.middle if first.zeros is None else first.zeros.to(w)[..., None]
+        hwc, hcc = sums.of(_nearest(w, first.scales, first.zeros, scheme).sub_(z))
+        fitted = hwc / hcc.clamp_min(1e-30)
+        same = (fitted == 0) | (fitted * first.scales < 0)
+        candidate = on_grid(torch.where(same, first.scales, fitted))
+        first.offer(candidate, first.zeros, _error(w, sums.h, candidate, first.zeros, scheme))
+    return first.scales, first.zeros
+
+
+def _search_symmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     at = w.abs().argmax(-1, keepdim=True)
     largest = w.gather(-1, at)[..., 0]  # with its sign: it maps to code 0, the far end
-    best = on_grid(largest / -scheme.middle)
-    least = _error(w, h, best, None, scheme)
-    hw = h * w
+    scale = on_grid(largest / -scheme.middle)
+    sums = _Sums(w, h)
+    first = _Best(scale, None, _error(w, h, scale, None, scheme))
+    found = _Best(scale, None, torch.full_like(scale, torch.inf))
+    low, high = -scheme.middle, scheme.middle - 1
     for k in range(STEPS):
         size = 1.0 + 0.5 / scheme.middle - (1.0 - SHRINK) * k / (STEPS - 1)
         for sign in (-1.0, 1.0):
-            start = largest * (sign * size / scheme.middle)
-            q = _nearest(w, _nonzero(start), None, scheme).sub_(scheme.middle)
-            over = (hw * q).sum(-1)
-            fitted = over / q.square_().mul_(h).sum(-1).clamp_min(1e-30)
+            start = _nonzero(largest * (sign * size / scheme.middle))
+            hwc, hcc = sums.of((w / start[..., None]).round_().clamp_(low, high))
+            fitted = hwc / hcc.clamp_min(1e-30)
             candidate = on_grid(torch.where(fitted == 0, start, fitted))
-            error = _error(w, h, candidate, None, scheme)
-            better = error < least
-            best, least = torch.where(better, candidate, best), torch.where(better, error, least)
-    return best, None
+            found.offer(candidate, None, sums.error(candidate, hwc, hcc))
+    return _polished(w, sums, first, found, scheme)
 
 
-def _search_asymmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _search_asymmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     low, high = _range(w)
-    best = on_grid((high - low) / (scheme.levels - 1))
-    zero = _zero(low, best, scheme)
-    least = _error(w, h, best, zero, scheme)
+    top = scheme.levels - 1
+    scale = on_grid((high - low) / top)
+    zero = _zero(low, scale, scheme)
+    sums = _Sums(w, h)
+    first = _Best(scale, zero, _error(w, h, scale, zero, scheme))
+    found = _Best(scale, zero, torch.full_like(scale, torch.inf))
     total = h.sum(-1).clamp_min(1e-30)
+    hw = sums.hw.sum(-1)
     for k in range(STEPS):
         size = 1.05 - (1.05 - SHRINK) * k / (STEPS - 1)
-        start = _nonzero((high - low) * size / (scheme.levels - 1))
+        start = _nonzero((high - low) * size / top)
         for shift in (0.0, 0.5, 1.0):  # which end is cut
             begin = low + (high - low) * (1.0 - size) * shift
-            z = _zero(begin, start, scheme)
-            q = _nearest(w, start, z, scheme)
+            q = _nearest(w, start, _zero(begin, start, scheme), scheme)
+            hq = (h * q).sum(-1)
+            hwq, hqq = sums.of(q)
             # least squares for w ~ s q + m, then the nearest zero, then s again for that zero
-            qm, wm = (h * q).sum(-1) / total, (h * w).sum(-1) / total
-            spread = (h * q * q).sum(-1) / total - qm * qm
-            s = ((h * w * q).sum(-1) / total - wm * qm) / spread.clamp_min(1e-30)
+            spread = hqq - hq * hq / total
+            s = (hwq - hw * hq / total) / spread.clamp_min(1e-30)
             s = torch.where((s > 0) & torch.isfinite(s), s, start)
-            z = torch.round(qm - wm / s).clamp(0, scheme.levels - 1)
-            c = q - z[..., None]
-            fitted = (h * w * c).sum(-1) / (h * c * c).sum(-1).clamp_min(1e-30)
+            z = torch.round((hq - hw / s) / total).clamp(0, top)
+            hwc, hcc = hwq - z * hw, hqq - z * (2.0 * hq - z * total)
+            fitted = hwc / hcc.clamp_min(1e-30)
             candidate = on_grid(torch.where(fitted > 0, fitted, s))
-            error = _error(w, h, candidate, z, scheme)
-            better = error < least
-            best, least = torch.where(better, candidate, best), torch.where(better, error, least)
-            zero = torch.where(better, z.to(zero), zero)
-    return best, zero
+            found.offer(candidate, z, sums.error(candidate, hwc, hcc))
+    return _polished(w, sums, first, found, scheme)
 
 
 def _range(w: Tensor) -> tuple[Tensor, Tensor]:
