@@ -21,14 +21,14 @@ from ..convert.chat_template import END, START
 from ..convert.open import Checkpoint
 from ..convert.tokenizer import Tokenizer, tokenizer_of
 from ..formats import strict_json
-from ..formats.errors import FileIOError, FormatError, LimitError, TokenizerError, UsageError
+from ..formats.errors import FormatError, TokenizerError, UsageError
+from ..formats.named_files import load_ids, read_text, require_file
 from ..model.config import GemmaConfig
 
 Ids = npt.NDArray[np.int64]
 SELF = "self"
 SAMPLES, SEQ_LEN = 128, 512
 HELD_OUT = 0.125
-MAX_BYTES = 256 << 20
 SHORTEST = 8  # tokens that a sequence must have to say anything
 
 
@@ -134,7 +134,7 @@ def read_calibration(
     path = Path(what)
     _require_file(path)
     if path.suffix == ".npy":
-        return _from_array(_load_npy(path), str(path), config, wanted)
+        return _from_array(load_ids(path), str(path), config, wanted)
     tokenizer = _tokenizer(checkpoint)
     if path.suffix in (".jsonl", ".ndjson"):
         documents, chat = _read_jsonl(path)
@@ -262,36 +262,15 @@ def _from_array(
     return divide(rows, source, config, wanted)
 
 
-def _load_npy(path: Path) -> npt.NDArray[Any]:
-    found, reason = None, "an archive of several"
-    try:  # memory-mapped: the file's size bounds what its header may ask for
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as e:
-        raise FileIOError(f"cannot read: {e.strerror or e}.", where=path) from e
-    except Exception as e:  # whatever Python's own parser raises on a header
-        reason = (str(e) or repr(e)).splitlines()[0]
-    if not isinstance(found, np.ndarray):
-        raise FormatError(
-            f"not a NumPy array ({reason}).", where=path, fix="write it with numpy.save(file, ids)."
-        )
-    return found
-
-
 # ---------------------------------------------------------------- text
 
 
 def _require_file(path: Path) -> None:
-    try:
-        if not path.is_file():
-            raise FileIOError(
-                "no such file.", where=path, fix=f"name a file, or use --calibration {SELF}."
-            )
-        size = path.stat().st_size
-    except (OSError, ValueError) as e:
-        raise FileIOError(f"cannot read: {e}.", where=path) from e
-    if size > MAX_BYTES:
-        raise LimitError(
-            f"{size} bytes, more than {MAX_BYTES >> 20} MiB.", where=path, fix="give an excerpt."
+    if not require_file(path, fix=f"name a file, or use --calibration {SELF}."):
+        raise UsageError(
+            "it is empty.",
+            where=path,
+            fix=f"name a file with text or ids, or use --calibration {SELF}.",
         )
 
 
@@ -315,14 +294,7 @@ def _encode(documents: Iterable[str], tokenizer: Tokenizer, config: GemmaConfig)
 
 
 def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise FileIOError(f"cannot read: {e.strerror}.", where=path) from e
-    except UnicodeDecodeError as e:
-        raise FormatError(
-            f"not UTF-8 at byte {e.start}.", where=path, fix="convert the file to UTF-8."
-        ) from e
+    text = read_text(path)
     if not text.strip():
         raise UsageError("there is no text in it.", where=path)
     return text

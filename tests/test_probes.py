@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from memory import checkpoint, random_weights
 
 from g2kit.convert import convert, open_checkpoint
+from g2kit.formats import named_files
 from g2kit.formats.errors import (
     FileIOError,
     FormatError,
@@ -25,7 +26,6 @@ from g2kit.formats.errors import (
 )
 from g2kit.model.config import PRESETS, GemmaConfig
 from g2kit.model.sample import heldout_text, sample_dir
-from g2kit.verify import text_probes
 from g2kit.verify.probes import PROFILES, Probe, ProbeSet, build_probes, describe, tokenizer_of
 from g2kit.verify.text_probes import documents, snippets, user_tokens
 from g2kit.verify.tokenizer import SentencePieceTokenizer
@@ -309,7 +309,7 @@ def test_a_file_too_large_is_not_read(
     sample: tuple[GemmaConfig, SentencePieceTokenizer],
 ) -> None:
     (tmp_path / "a").write_bytes(b"1234")
-    monkeypatch.setattr(text_probes, "MAX_BYTES", 3)
+    monkeypatch.setattr(named_files, "MAX_BYTES", 3)
     for option in ("text", "tokens"):
         with pytest.raises(LimitError, match="4 bytes; at most 3"):
             build_probes(*sample, "ci", **{option: tmp_path / "a"})  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats.errors import FormatError, NotFoundError, SpaceError, UsageError
+from ..formats.named_files import load_ids
 from .runners import Runner
-from .text_probes import load_array
 
 Array = npt.NDArray[Any]
 BATCH_TOKENS = 4096
@@ -32,7 +32,7 @@ def read_tokens(path: str | Path) -> Array:
     """
     if not Path(path).exists():
         raise NotFoundError("no such file.", where=path, fix="save token ids with numpy.save.")
-    return as_ids(load_array(Path(path)), path)
+    return as_ids(load_ids(Path(path)), path)
 
 
 def as_ids(ids: Any, where: str | Path | None = None) -> Array:

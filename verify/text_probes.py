@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.errors import FileIOError, FormatError, LimitError, UsageError
+from ..formats.errors import FormatError, UsageError
+from ..formats.named_files import load_ids, read_text
 
 SNIPPETS = "snippets"
-MAX_BYTES = 256 << 20  # of a user's file
 _HEADING = re.compile(r"^=== (.+)\n", re.MULTILINE)
 
 
@@ -78,15 +78,7 @@ def user_text(path: str | Path) -> Text:
         FormatError: it is empty or not UTF-8.
     """
     path = Path(path)
-    _check_size(path)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise FileIOError(f"cannot read: {e.strerror}.", where=path) from e
-    except UnicodeDecodeError as e:
-        raise FormatError(
-            f"not UTF-8 at byte {e.start}.", where=path, fix="convert the file to UTF-8."
-        ) from e
+    content = read_text(path)
     if not content.strip():
         raise FormatError("there is no text in it.", where=path)
     return Text(path.name, "text", content)
@@ -107,7 +99,7 @@ def user_tokens(
     """
     if isinstance(source, str | Path):
         where: Path | None = Path(source)
-        ids = load_array(Path(source))
+        ids = load_ids(Path(source))
     else:
         where, ids = None, np.asarray(source)
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
@@ -119,55 +111,3 @@ def user_tokens(
     if int(ids.max()) > np.iinfo(np.int64).max:
         raise UsageError(f"token id {int(ids.max())} is in no vocabulary.", where=where)
     return list(np.atleast_2d(ids).astype(np.int64))
-
-
-def load_array(path: Path) -> npt.NDArray[np.generic]:
-    """The array in a ``.npy`` file, memory-mapped.
-
-    Raises:
-        FileIOError: it cannot be read.
-        LimitError: it is larger than 256 MiB.
-        FormatError: it is something else.
-    """
-    _check_size(path)
-    found, reason = None, "an archive of several"
-    if not _begins_like_numpy(path):
-        raise FormatError(
-            "not a NumPy file, expected an array of token ids.",
-            where=path,
-            fix="write token ids with numpy.save(file, ids).",
-        )
-    try:  # memory-mapped: the file's size bounds what its header may ask for
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as e:
-        raise FileIOError(f"cannot read: {e.strerror or e}.", where=path) from e
-    except Exception as e:  # whatever its parser of headers, which is Python's own, raises
-        reason = (str(e) or repr(e)).splitlines()[0]
-    if not isinstance(found, np.ndarray):
-        raise FormatError(
-            f"not a NumPy array ({reason}).",
-            where=path,
-            fix="write token ids with numpy.save(file, ids).",
-        )
-    return found
-
-
-def _begins_like_numpy(path: Path) -> bool:
-    """Whether ``numpy.load`` would look for an array: for anything else it talks of pickles."""
-    try:
-        with path.open("rb") as f:
-            return f.read(6).startswith((b"\x93NUMPY", b"PK"))
-    except OSError as e:
-        raise FileIOError(f"cannot read: {e.strerror or e}.", where=path) from e
-
-
-def _check_size(path: Path) -> None:
-    try:
-        if not path.is_file():
-            there = "this is a directory" if path.is_dir() else "not a regular file"
-            raise FileIOError(f"{there if path.exists() else 'no such file'}.", where=path)
-        size = path.stat().st_size
-    except (OSError, ValueError) as e:
-        raise FileIOError(f"cannot read: {e}.", where=path) from e
-    if size > MAX_BYTES:
-        raise LimitError(f"{size} bytes; at most {MAX_BYTES} are read.", where=path)
