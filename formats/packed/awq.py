@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..base import Array
-from ..dtypes import F16, FLOATS
-from ..errors import DtypeError, FormatError, ShapeError, printable
+from ..dtypes import F16
+from ..errors import FormatError, ShapeError, printable
 from .bits import pack
 from .uniform import (
     I32,
@@ -23,6 +23,7 @@ from .uniform import (
     Parts,
     UniformWeight,
     narrowed,
+    require_dtype,
     stored_zeros,
 )
 from .views import Columns, RowView, copied
@@ -82,13 +83,8 @@ def _open(prefix: str, parts: Parts, options: Options) -> UniformWeight:
             where=weight.where,
             fix="save it again in the gemm version, or open the unquantized checkpoint.",
         )
-    for tensor, wanted in ((weight, (I32,)), (zeros, (I32,)), (scales, FLOATS)):
-        if tensor.dtype not in wanted:
-            raise DtypeError(
-                f"stored as {tensor.stored}; expected {'int32' if wanted == (I32,) else 'a float type'}.",
-                where=tensor.where,
-                tensor=tensor.name,
-            )
+    for tensor, dtype in ((weight, I32), (zeros, I32), (scales, None)):
+        require_dtype(tensor, dtype)
     shapes = [t.shape for t in (weight, zeros, scales)]
     n = 8 * weight.shape[-1] if weight.shape else 0
     groups = scales.shape[0] if scales.shape else 0

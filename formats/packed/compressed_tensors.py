@@ -11,15 +11,24 @@ word of 3, 5, 6 and 7-bit codes; 2, 4 and 8 bits are the same in all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from ..base import Array, Tensor
-from ..dtypes import BF16, FLOATS, I8
-from ..errors import DtypeError, ShapeError
+from ..dtypes import BF16, I8
+from ..errors import ShapeError
 from .bits import pack, unpack, words_for
-from .uniform import I32, U8, Grid, Options, PackedFormat, Parts, UniformWeight, narrowed
+from .uniform import (
+    I32,
+    U8,
+    Grid,
+    Options,
+    PackedFormat,
+    Parts,
+    UniformWeight,
+    narrowed,
+    require_dtype,
+)
 from .views import Columns, RowView
 
 PACKED, SCALE, SHAPE, ZERO = (
@@ -30,6 +39,7 @@ PACKED, SCALE, SHAPE, ZERO = (
 )
 _WEIGHT = ".weight"
 _I64 = np.dtype(np.int64)
+_FIX = "only integer pack-quantized and int-quantized weights are read."
 
 
 def _declared_bits(options: Options) -> set[int]:
@@ -43,16 +53,6 @@ def _declared_bits(options: Options) -> set[int]:
             if isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8:
                 found.add(bits)
     return found
-
-
-def _require_dtype(tensor: Tensor, dtypes: tuple[Any, ...], wanted: str) -> None:
-    if tensor.dtype not in dtypes:
-        raise DtypeError(
-            f"stored as {tensor.stored}; expected {wanted}.",
-            where=tensor.where,
-            tensor=tensor.name,
-            fix="only integer pack-quantized and int-quantized weights are read.",
-        )
 
 
 # ---------------------------------------------------------------- pack-quantized
@@ -82,8 +82,8 @@ def _pack(grid: Grid, codes: Array, scales: Array, zeros: Array | None) -> dict[
 
 def _open(prefix: str, parts: Parts, options: Options) -> UniformWeight:
     packed, scales, zeros = parts[PACKED], parts[SCALE], parts.get(ZERO)
-    _require_dtype(packed, (I32,), "int32")
-    _require_dtype(scales, FLOATS, "a float type")
+    require_dtype(packed, I32, _FIX)
+    require_dtype(scales, None, _FIX)
     n, k = _shape(parts[SHAPE])
     declared = _declared_bits(options)
     fits = [b for b in sorted(declared) if packed.shape == (n, words_for(k, b))]
@@ -129,7 +129,7 @@ def _zeros(zeros: Tensor, n: int, bits: int) -> Tensor:
             zeros.name, U8, zeros.shape, zeros.where, zeros.stored,
             lambda a, b: (zeros.read((slice(a, b),)).astype(np.int16) + middle).astype(np.uint8),
         )  # fmt: skip
-    _require_dtype(zeros, (I32,), "int32")
+    require_dtype(zeros, I32, _FIX)
     if len(zeros.shape) != 2 or zeros.shape[0] != words_for(n, bits):
         raise ShapeError(
             f"it is {list(zeros.shape)}; expected [{words_for(n, bits)}, groups].",
@@ -190,10 +190,10 @@ def unsigned(tensor: Tensor) -> RowView:
 
 def _int_open(prefix: str, parts: Parts, options: Options) -> UniformWeight:
     codes, scales, zeros = parts[_WEIGHT], parts[SCALE], parts.get(ZERO)
-    _require_dtype(codes, (I8,), "int8")
-    _require_dtype(scales, FLOATS, "a float type")
+    require_dtype(codes, I8, _FIX)
+    require_dtype(scales, None, _FIX)
     if zeros is not None:
-        _require_dtype(zeros, (I8,), "int8")
+        require_dtype(zeros, I8, _FIX)
     return UniformWeight(
         "int-quantized", 8, unsigned(codes), scales, None if zeros is None else unsigned(zeros)
     )

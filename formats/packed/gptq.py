@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..base import Array, Tensor
-from ..dtypes import F16, FLOATS
-from ..errors import DtypeError, FormatError, LossyError, ShapeError, printable
+from ..dtypes import F16
+from ..errors import FormatError, LossyError, ShapeError, printable
 from .bits import pack, unpack
 from .uniform import (
     I32,
@@ -25,6 +25,7 @@ from .uniform import (
     Parts,
     UniformWeight,
     narrowed,
+    require_dtype,
     stored_zeros,
 )
 from .views import Columns, RowView, copied
@@ -113,13 +114,8 @@ def _open(prefix: str, parts: Parts, options: Options) -> UniformWeight:
 
 def _sizes(weight: Tensor, zeros: Tensor, scales: Tensor) -> tuple[int, int, int]:
     """out_features, groups and bits, from the shapes: a module may differ from the configuration's default."""
-    for tensor, wanted in ((weight, (I32,)), (zeros, (I32,)), (scales, FLOATS)):
-        if tensor.dtype not in wanted:
-            raise DtypeError(
-                f"stored as {tensor.stored}; expected {'int32' if wanted == (I32,) else 'a float type'}.",
-                where=tensor.where,
-                tensor=tensor.name,
-            )
+    for tensor, dtype in ((weight, I32), (zeros, I32), (scales, None)):
+        require_dtype(tensor, dtype)
         if len(tensor.shape) != 2 or not all(tensor.shape):
             raise ShapeError(
                 f"it is {list(tensor.shape)}; expected a matrix.",

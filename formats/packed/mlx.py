@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..base import Array, Tensor
-from ..dtypes import BF16, F32, FLOATS
-from ..errors import DtypeError, FormatError, ShapeError, printable
+from ..dtypes import BF16, F32
+from ..errors import FormatError, ShapeError, printable
 from .bits import pack, unpack, words_for
 from .uniform import (
     U8,
@@ -26,6 +26,7 @@ from .uniform import (
     UniformWeight,
     integer,
     narrowed,
+    require_dtype,
     stored_zeros,
 )
 from .views import RowView
@@ -76,13 +77,8 @@ def _open(prefix: str, parts: Parts, options: Options) -> UniformWeight:
         )
     bits = integer(settings, "bits", BITS, weight.where)
     group = integer(settings, "group_size", GROUP_SIZES, weight.where)
-    for tensor, wanted in ((weight, (_U32,)), (scales, FLOATS), (biases, FLOATS)):
-        if tensor.dtype not in wanted:
-            raise DtypeError(
-                f"stored as {tensor.stored}; expected {'uint32' if wanted == (_U32,) else 'a float type'}.",
-                where=tensor.where,
-                tensor=tensor.name,
-            )
+    for tensor, dtype in ((weight, _U32), (scales, None), (biases, None)):
+        require_dtype(tensor, dtype)
     shapes = [t.shape for t in (weight, scales, biases)]
     n, groups = scales.shape if len(scales.shape) == 2 else (0, 0)
     k = groups * group

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base import Array, Index, QuantizedWeight, Tensor, iter_row_blocks, leading_rows
-from ..dtypes import F32, short
-from ..errors import FormatError, LossyError, NonFiniteError, ShapeError
+from ..dtypes import F32, FLOATS, short
+from ..errors import DtypeError, FormatError, LossyError, NonFiniteError, ShapeError
 
 U8 = np.dtype(np.uint8)
 I32 = np.dtype(np.int32)
@@ -275,6 +275,18 @@ def stored_zeros(grid: Grid, zeros: Array | None) -> Array:
     if zeros is not None:
         return zeros
     return np.full((grid.out_features, grid.groups), grid.middle, np.uint8)
+
+
+def require_dtype(tensor: Tensor, dtype: np.dtype | None, fix: str | None = None) -> None:
+    """Raise DtypeError unless a stored tensor has this dtype; None stands for any float type."""
+    if tensor.dtype not in (FLOATS if dtype is None else (dtype,)):
+        wanted = "a float type" if dtype is None else dtype.name
+        raise DtypeError(
+            f"stored as {tensor.stored}; expected {wanted}.",
+            where=tensor.where,
+            tensor=tensor.name,
+            fix=fix,
+        )
 
 
 def integer(options: Options, key: str, allowed: tuple[int, ...], where: Any) -> int:
