@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors as official
 from hypothesis import HealthCheck, given, settings
+from refusals import refusal
 from safetensors.numpy import save, save_file
 
 from g2kit.formats import safetensors, safetensors_header
@@ -50,10 +51,6 @@ def entry(shape=(1,), begin=0, end=4, dtype="F32") -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 @pytest.fixture
 def opened(tmp_path):
     """Opens bytes as a file of its own."""
@@ -73,15 +70,10 @@ def refused(tmp_path):
     def check(data: bytes, error: type[G2Error], *parts: str) -> str:
         path = tmp_path / "model-00033-of-00099.safetensors"
         path.write_bytes(data)
-        before, start = open_files(), time.process_time()
-        with pytest.raises(error) as caught:
-            safetensors.open_source(path)
+        start = time.process_time()
+        name = "model-00033-of-00099.safetensors: "
+        message = str(refusal(lambda: safetensors.open_source(path), error, name, *parts))
         assert time.process_time() - start < 2
-        assert type(caught.value) is error
-        assert open_files() == before
-        message = str(caught.value)
-        for part in ("model-00033-of-00099.safetensors: ", *parts):
-            assert part in message
         assert len(message) < 2000
         return message
 
