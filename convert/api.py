@@ -31,7 +31,8 @@ from ..model import canonical
 from ..model.config import GemmaConfig
 from ..model.config_formats import to_plain
 from . import digest, unconfigured
-from .open import Checkpoint, open_checkpoint, stored_dtype
+from .contents import contents
+from .open import Checkpoint, open_checkpoint
 from .plan import (
     Conversion,
     Options,
@@ -470,9 +471,7 @@ def _inspect(
     path: str | Path, config: str | Path | GemmaConfig | None, fix_config: bool, gating: str | None
 ) -> Report:
     with open_checkpoint(path, config=config, gating=gating, fix_config=fix_config) as c:
-        held: dict[str, list[str]] = {}
-        for row in c.layout.rows.values():
-            held[row.name] = [p.canonical for p in row.parts]
+        held = {row.name: [p.canonical for p in row.parts] for row in c.layout.rows.values()}
         rows = c.layout.embedding_rows
         return {
             "path": str(path),
@@ -488,19 +487,7 @@ def _inspect(
             "embedding": {"vocab_size": c.config.vocab_size, "source_rows": rows},
             "gating": c.layout.variant.gating,
             "gating_origin": c.gating or None,
-            "bytes": sum(f.stat().st_size for f in c.source.files),
-            "dtypes": dict(Counter(stored_dtype(t) for t in c.source.tensors.values())),
-            "tensors": [
-                {
-                    "name": t.name,
-                    "dtype": stored_dtype(t),
-                    "stored": t.stored,
-                    "shape": list(t.shape),
-                    "file": str(t.where),
-                    "canonical": held.get(t.name, []),
-                }
-                for t in c.source.tensors.values()
-            ],
+            **contents(c.source, held),
             "quantized": len(c.quantized),
             "sidecars": c.sidecars.names,
             "warnings": [str(w) for w in c.reading.warnings],

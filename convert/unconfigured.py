@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..formats.errors import UnknownConfigError
 from ..model import canonical
+from .contents import contents
 from .detect import Match, best_matches, open_container
 from .layout import layer_name
-from .open import stored_dtype
 from .sidecar import find_sidecars
 from .targets import framework_of
 
@@ -52,19 +51,7 @@ def inspection(path: Path, reason: UnknownConfigError) -> dict[str, Any]:
             "embedding": {"vocab_size": None, "source_rows": _rows(source.tensors, fits[0])},
             "gating": None,
             "gating_origin": None,
-            "bytes": sum(f.stat().st_size for f in source.files),
-            "dtypes": dict(Counter(stored_dtype(t) for t in tensors)),
-            "tensors": [
-                {
-                    "name": t.name,
-                    "dtype": stored_dtype(t),
-                    "stored": t.stored,
-                    "shape": list(t.shape),
-                    "file": str(t.where),
-                    "canonical": [],
-                }
-                for t in tensors
-            ],
+            **contents(source, {}),
             "quantized": sum(t.quantized is not None for t in tensors),
             "sidecars": find_sidecars(path, source.format).names,
             "warnings": [],
