@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ import numpy as np
 import textbook_gptq as textbook
 import torch
 from llama_encoder import Encode, encoder
+from quality_tables import Points, Table, Verdict
 from torch import Tensor
 
 from g2kit.convert.open import Checkpoint, open_checkpoint
@@ -36,6 +38,7 @@ from g2kit.model import torch_gemma as tg
 from g2kit.model.sample import heldout_text, sample_dir, training_text
 from g2kit.quant import quantize
 from g2kit.quant.ggml.types import FORMATS, block_format
+from g2kit.quant.measure import sensitivity
 from g2kit.quant.sampling import sample_sequences
 from g2kit.quant.scheme import Scheme
 from g2kit.quant.weights import Weights
@@ -67,6 +70,7 @@ GGML = {
     "Q6_K": GGML_GOAL,
 }  # fmt: skip
 SELF = ("4g128", "3g128")
+TARGETS = {"compressed-tensors": (3.5, 3.8, 4.125, 4.5), "gguf": (4.0, 4.5, 5.0)}
 
 
 @dataclass(frozen=True)
@@ -165,50 +169,13 @@ def _floats(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {n: torch.from_numpy(t.read().astype(np.float32)) for n, t in checkpoint.tensors.items()}
 
 
-class Table:
-    """A Markdown table printed row by row, so that an interrupted run leaves what it found."""
-
-    def __init__(self, title: str, *columns: str) -> None:
-        print(f"\n### {title}\n")
-        print("|", " | ".join(columns), "|")
-        print("|" + "---|" * len(columns), flush=True)
-
-    def row(self, *cells: object) -> None:
-        """One line; numbers with three digits."""
-        print("|", " | ".join(_cell(c) for c in cells), "|", flush=True)
-
-
-def _cell(x: object) -> str:
-    if x is None:
-        return ""
-    return f"{x:.3g}" if isinstance(x, float) else str(x)
-
-
 def _ratio(found: tuple[float, float, float]) -> str:
     return "{:.3f} ({:.3f}–{:.3f})".format(*found)
 
 
-class Verdict:
-    """Which goals were missed; the last lines of the output."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.checked = 0
-
-    def check(self, what: str, found: float, goal: float | None) -> None:
-        """Note a ratio above its goal, or above 1 where there is none."""
-        self.checked += 1
-        if found > (goal or 1.0):
-            self.lines.append(f"{what}: {found:.3f}, goal {goal or 1.0}")
-
-    def print(self) -> None:
-        """Say where it loses."""
-        print(f"\n{self.checked} ratios, {len(self.lines)} above their goals.")
-        for line in self.lines:
-            print(f"- loses: {line}")
-
-
-def uniform(sample: Sample, names: Iterable[str], recover: bool, verdict: Verdict) -> None:
+def uniform(
+    sample: Sample, names: Iterable[str], recover: bool, verdict: Verdict, points: Points
+) -> None:
     """The first table."""
     more = ("recovered", "/ textbook", "goal") if recover else ()
     table = Table(
@@ -224,6 +191,8 @@ def uniform(sample: Sample, names: Iterable[str], recover: bool, verdict: Verdic
         paper = sample.peer(lambda n, w, h, how=how: textbook.gptq(w, h, *how), propagate=True)
         options = {"bits": s.bits, "group_size": s.group_size, "symmetric": s.symmetric}
         ours, report = sample.ours(**options)
+        if s.symmetric:
+            points.add("compressed-tensors", report["bits_per_weight"], ours.mean)
         ratio = ours.over(paper)
         verdict.check(f"{s} against textbook GPTQ", ratio[0], row.goal)
         cells: list[object] = [
@@ -240,8 +209,9 @@ def uniform(sample: Sample, names: Iterable[str], recover: bool, verdict: Verdic
 
 
 def blocks(
-    sample: Sample, names: Iterable[str], encode: Encode, recover: bool, verdict: Verdict
-) -> None:
+    sample: Sample, names: Iterable[str], encode: Encode, recover: bool, verdict: Verdict,
+    points: Points,
+) -> None:  # fmt: skip
     """The second table."""
     more = ("recovered", "/ imatrix") if recover else ()
     table = Table(
@@ -254,6 +224,8 @@ def blocks(
         plain = sample.peer(lambda n, w, h, t=name: encode(w, t, None), propagate=False)
         imatrix = sample.peer(lambda n, w, h, t=name: encode(w, t, h.diagonal()), propagate=False)
         ours, _ = sample.ours(format=f"gguf-{name.lower()}")
+        if name != "Q4_0":  # the allocation has Q4_K in its size
+            points.add("gguf", block_format(name).bits, ours.mean)
         ratio = ours.over(imatrix)
         verdict.check(f"{name} against llama.cpp with imatrix", ratio[0], GGML[name])
         cells: list[object] = [
@@ -281,6 +253,34 @@ def own_text(sample: Sample, names: Iterable[str], verdict: Verdict) -> None:
         ratio = own.over(given)
         verdict.check(f"{s} calibrated on own text", ratio[0], SELF_GOAL)
         table.row(s, given.mean, own.mean, _ratio(ratio), SELF_GOAL)
+
+
+def allocated(sample: Sample, verdict: Verdict, points: Points) -> None:
+    """The fourth table."""
+    table = Table(
+        "Schemes allocated to a size, KL x 1000", "format", "bits per weight", "expected", "found",
+        "uniform, interpolated", "/ uniform", "goal",
+    )  # fmt: skip
+    for format, targets in TARGETS.items():
+        low, high = points.span(format)
+        wanted = [t for t in targets if low <= t <= high]
+        if not wanted:
+            continue
+        with tempfile.TemporaryDirectory() as d:
+            file = Path(d) / "sensitivity.json"
+            ids, count = sample.ids.numpy(), len(sample.ids)
+            found = sensitivity(
+                sample_dir(), format=format, calibration=ids, samples=count - count // 9,
+                held_out=1 / 8, tokens=2048,
+            )  # fmt: skip
+            file.write_text(json.dumps(found))
+            for bits in wanted:
+                ours, report = sample.ours(format=format, target_bpw=bits, sensitivity=file)
+                size = report["bits_per_weight"]
+                plain = points.at(format, size)
+                verdict.check(f"{format} at {bits} bits, against uniform", ours.mean / plain, 1.0)
+                expected = 1000 * report["allocation"]["predicted_kl"]
+                table.row(format, size, expected, ours.mean, plain, ours.mean / plain, 1.0)
 
 
 def missing(encode: Encode | None) -> None:
@@ -322,21 +322,25 @@ def run(sample: Sample, names: list[str], recover: bool, whole: bool) -> None:
         f"{len(sample.ids)} x {sample.length} calibration tokens, {len(sample.test)} held-out "
         f"sequences, original's perplexity {quality.perplexity:.2f}"
     )
-    encode, verdict = encoder(), Verdict()
+    encode, verdict, points = encoder(), Verdict(), Points()
     missing(encode)
     steps: list[tuple[list[str], Callable[[list[str]], None]]] = [
-        ([n for n in names if n in UNIFORM], lambda x: uniform(sample, x, recover, verdict)),
+        (
+            [n for n in names if n in UNIFORM],
+            lambda x: uniform(sample, x, recover, verdict, points),
+        ),
     ]
     if encode is not None:
         peer = encode
         steps.append(
             (
                 [n for n in names if n in FORMATS],
-                lambda x: blocks(sample, x, peer, recover, verdict),
+                lambda x: blocks(sample, x, peer, recover, verdict, points),
             )
         )
     if whole:
         steps.append(([n for n in SELF if n in names], lambda x: own_text(sample, x, verdict)))
+        steps.append((names, lambda x: allocated(sample, verdict, points)))
     for chosen, step in steps:
         if chosen:
             step(chosen)
