@@ -1,13 +1,26 @@
 """Reports from plain data: one HTML page, JUnit, Markdown, a model-card fragment; given a document, never a model.
 
-``validate`` checks a ``g2kit.report/1`` document against ``schema.json``; the others turn a valid one into text.
-``page``, ``plots``, ``bars`` and ``tables`` know nothing of verification and serve other reports too.
+``validate`` checks a document against its schema; the others turn a valid one into text. ``html``, ``junit``, ``markdown``
+and ``model_card`` take ``g2kit.report/1`` (parity), what is in ``quantized`` takes ``g2kit.quant-report/1``. ``page``,
+``plots``, ``bars`` and ``tables`` know nothing of either.
 """
 
+from . import quantized
 from .html import html
 from .junit import junit
 from .markdown import markdown
 from .model_card import model_card
-from .schema import schema, validate
+from .schema import PARITY, QUANT, mistakes, schema, validate
 
-__all__ = ["html", "junit", "markdown", "model_card", "schema", "validate"]
+__all__ = [
+    "PARITY",
+    "QUANT",
+    "html",
+    "junit",
+    "markdown",
+    "mistakes",
+    "model_card",
+    "quantized",
+    "schema",
+    "validate",
+]

@@ -196,6 +196,8 @@ def heatmap(
     low, high = min(known, default=0.0), max(known, default=1.0)
     slot = (width - 34) / max(len(columns), 1)
     roomy = slot > 7.5 * max(map(len, columns), default=0)
+    if columns and not roomy:  # the last name, turned, reaches beyond its column
+        slot = (width - 34 - max(0.0, 4.6 * len(columns[-1]) - slot / 2)) / len(columns)
     left, top, pitch = 34.0, 26.0 if roomy else 74.0, 24.0
     out = []
     for j, name in enumerate(columns):

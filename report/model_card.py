@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 from .markdown import code, plain
 from .numerals import count
@@ -60,29 +61,38 @@ def _front_matter(document: Document) -> list[str]:
     overall = (document.get("metrics") or {}).get("overall")
     if not overall:
         return []
-    metrics = []
-    for name, kind, path in _METRICS:
-        value = _at(overall, path)
-        if value is not None:
-            metrics.append(
-                f"        - name: {json.dumps(name)}\n          type: {kind}\n          value: {value!r}"
-            )
+    found = [(name, kind, _at(overall, path)) for name, kind, path in _METRICS]
+    metrics = [(name, kind, v) for name, kind, v in found if v is not None]
+    return ["```yaml", *model_index(_probes(document), metrics), "```"] if metrics else []
+
+
+def model_index(
+    dataset: str, metrics: Sequence[tuple[str, str, float]], *, kind: str = "probes"
+) -> list[str]:
+    """Lines of the ``model-index`` of a front matter; none without metrics.
+
+    Args:
+        dataset: what they were measured on.
+        metrics: name, type and value of each.
+        kind: of the data set.
+    """
     if not metrics:
         return []
     return [
-        "```yaml",
         "model-index:",
         '  - name: ""',
         "    results:",
         "    - task: {type: text-generation}",
-        f"      dataset: {{name: {_quoted(_probes(document))}, type: probes}}",
+        f"      dataset: {{name: {quoted(dataset)}, type: {kind}}}",
         "      metrics:",
-        *metrics,
-        "```",
+        *(
+            f"        - name: {json.dumps(name)}\n          type: {figure}\n          value: {value!r}"
+            for name, figure, value in metrics
+        ),
     ]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A YAML string without anything that is markup where the fragment is shown as it is."""
     return re.sub(r"[<>&`]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(text))
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .markup import Child, Html, join, tag
-from .numerals import count
+from .numerals import NOTHING, count, seconds
+from .tables import Cell, Column, facts
 
 Document = dict[str, Any]
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "−0123456789")
@@ -87,3 +88,53 @@ def sentences(*parts: str | None) -> str:
 def stack(*parts: Html | None) -> Html:
     """Pieces one below the other."""
     return join(parts)
+
+
+def command(run: Document | None) -> Html | None:
+    """The line to repeat a run with, and a button that copies it."""
+    if not run or not run.get("command"):
+        return None
+    line = run["command"]
+    return tag(
+        "div",
+        tag("code", line),
+        tag("button", "Copy", type="button", data_copy=line),
+        cls="command",
+    )
+
+
+def cost(run: Document) -> str:
+    """What a run took: time, processor time, memory."""
+    time, cpu, peak = (run.get(k) for k in ("seconds", "cpu_seconds", "peak_rss_mib"))
+    return sentences(
+        None if time is None else seconds(time),
+        None if cpu is None else f"({seconds(cpu)} of processor)",
+        None if peak is None else f"and {peak:,.0f} MiB at most",
+    )
+
+
+def shown(value: object) -> str | None:
+    """A value of the environment or the settings."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return None if value is None else str(value)
+
+
+def environment(found: Document) -> Html:
+    """Machine and versions."""
+    return facts([(k.replace("_", " "), shown(v)) for k, v in sorted(found.items())])
+
+
+def tile(name: str, value: str, unit: str | None = None) -> Html:
+    """A figure that most readers want, large."""
+    small = tag("small", f" {unit}") if unit else None
+    return tag("div", tag("dt", name), tag("dd", raised(value), small))
+
+
+def filled(columns: Sequence[Column], rows: Sequence[Sequence[Child | Cell]]) -> list[int]:
+    """Which columns have a value in any row."""
+
+    def known(cell: Child | Cell) -> bool:
+        return (cell.shown if isinstance(cell, Cell) else cell) not in (None, "", NOTHING)
+
+    return [i for i in range(len(columns)) if any(known(row[i]) for row in rows)]

@@ -1,6 +1,6 @@
-"""The report's JSON Schema, and a check against it that needs no further package.
+"""The reports' JSON Schemas, and a check against them that needs no further package.
 
-``schema.json`` is draft 2020-12 and the published form; :func:`validate` understands the keywords it uses and refuses to
+The files are draft 2020-12 and the published form; :func:`validate` understands the keywords they use and refuses to
 run on others, so neither can drift from the other.
 """
 
@@ -26,39 +26,64 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "number": lambda x: _finite(x),
     "integer": lambda x: _finite(x) and x == x // 1,
 }
+PARITY, QUANT = "g2kit.report/1", "g2kit.quant-report/1"
+_FILES = {PARITY: "schema.json", QUANT: "quantized/schema.json"}
 _ASIDE = frozenset({"$schema", "$id", "$defs", "title", "description"})
 _SHOWN = 5
 
 
 @cache
-def schema() -> Schema:
-    """The schema as data; do not change it."""
-    text = (files(__package__) / "schema.json").read_text(encoding="utf-8")
+def schema(name: str = PARITY) -> Schema:
+    """The schema of that name as data; do not change it."""
+    text = files(__package__).joinpath(*_FILES[name].split("/")).read_text(encoding="utf-8")
     loaded: Schema = json.loads(text)
     return loaded
 
 
-def validate(document: Any) -> None:
+@cache
+def _whole(name: str) -> Schema:
+    """The schema with every reference replaced by what it refers to."""
+    parts = schema(name)["$defs"]
+
+    def grown(s: Any) -> Any:
+        if isinstance(s, list):
+            return [grown(x) for x in s]
+        if not isinstance(s, dict):
+            return s
+        out = {k: grown(v) for k, v in s.items() if k not in ("$ref", "$defs")}
+        return out | grown(parts[s["$ref"].removeprefix("#/$defs/")]) if "$ref" in s else out
+
+    found: Schema = grown(schema(name))
+    return found
+
+
+def validate(document: Any, name: str = PARITY) -> None:
     """Check a report.
 
     Args:
         document: parsed JSON.
+        name: of the schema: :data:`PARITY` or :data:`QUANT`.
 
     Raises:
-        FormatError: it is no ``g2kit.report/1`` document; the message has the first places and what was expected.
+        FormatError: it is no such document; the message has the first places and what was expected.
     """
     found = document.get("schema") if isinstance(document, dict) else None
-    if found != schema()["properties"]["schema"]["const"]:
+    if found != name:
         raise FormatError(
-            f"this is no report of a kind this version knows: schema {_brief(found)}, expected “g2kit.report/1”.",
+            f"this is no report of a kind this version knows: schema {_brief(found)}, expected “{name}”.",
             fix="give the file written with --report, or use the g2kit version that wrote it.",
         )
-    wrong = list(_errors(document, schema(), "report"))
+    wrong = list(_errors(document, _whole(name), "report"))
     if wrong:
         rest = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise FormatError(
             f"the report is malformed: {'; '.join(wrong[:_SHOWN])}{rest}.", fix="write it again."
         )
+
+
+def mistakes(value: Any, part: Schema, where: str) -> list[str]:
+    """What is wrong with a value by a schema without references; ``where`` is what to call it."""
+    return list(_errors(value, part, where))
 
 
 def _errors(x: Any, s: Schema, where: str) -> Iterator[str]:
@@ -104,10 +129,6 @@ def _any_of(x: Any, choices: list[Schema], s: Schema, where: str) -> Iterator[st
         yield from found[0]
 
 
-def _reference(x: Any, target: str, s: Schema, where: str) -> Iterator[str]:
-    yield from _errors(x, schema()["$defs"][target.removeprefix("#/$defs/")], where)
-
-
 def _enum(x: Any, values: list[Any], s: Schema, where: str) -> Iterator[str]:
     if x not in values:
         yield f"{where} is {_brief(x)}, expected one of {', '.join(map(str, values))}"
@@ -146,7 +167,6 @@ _WORDS: dict[str, Callable[..., Iterator[str]]] = {
     "additionalProperties": _additional,
     "items": _items,
     "anyOf": _any_of,
-    "$ref": _reference,
     "enum": _enum,
     "const": _const,
     "pattern": _pattern,

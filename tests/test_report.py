@@ -7,15 +7,25 @@ import copy
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pages
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import (
+    EVIL,
+    WRONG,
+    Page,
+    check_figures,
+    check_same_markup,
+    check_self_contained,
+    check_whole,
+    leaves,
+    put,
+)
 from report_examples import EXAMPLES, compare_fail, compare_pass, error, self_test, weights
 
 from g2kit import report
@@ -27,77 +37,19 @@ from g2kit.report.sections.position import bins
 from g2kit.report.tables import Cell, Column, table
 
 ROOT = Path(__file__).parent.parent
-VOID = markup.VOID
 NAMES = sorted(EXAMPLES)
-
-
-class Page(HTMLParser):
-    """Well-formedness, elements with their attributes, text by element; fails on the first wrong nesting."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = [n for n, _ in attrs]
-        assert len(names) == len(set(names)), (tag, names)
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, tag
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
-        elif self.open and self.open[-1] != "style":
-            self.texts.append(data)
-
-    def has(self, tag: str) -> int:
-        return sum(1 for t, _ in self.elements if t == tag)
 
 
 def shape(text: str) -> list[str]:
     return [t for t, _ in Page(text).elements]
 
 
-def strings(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Every string of a document and where it is."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
-        for k, v in value.items():
-            yield from strings(v, (*path, k))
-    elif isinstance(value, list):
-        for i, v in enumerate(value):
-            yield from strings(v, (*path, i))
-
-
-def put(document: Any, path: tuple[Any, ...], value: Any) -> None:
-    for step in path[:-1]:
-        document = document[step]
-    document[path[-1]] = value
-
-
 # words the program branches on stay as they are
-WORDS = {"schema", "kind", "verdict", "content_id", "better", "id", "group"}
-EVIL = "</script><img src=x onerror=alert(1)>'\"`\u202e\x00\x1b[31m\ud800&lt;"
+WORDS = {"schema", "kind", "verdict", "content_id", "better", "id", "group", "caught_by"}
 
 
 def poisoned(document: dict[str, Any]) -> dict[str, Any]:
-    document = copy.deepcopy(document)
-    for path, text in strings(document):
-        if path[-1] not in WORDS and "caught_by" not in path:
-            put(document, path, text + EVIL)
-    return document
+    return pages.poisoned(document, WORDS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,19 +61,6 @@ def test_examples_are_valid(name: str) -> None:
 
 def test_the_schema_is_a_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(report.schema())
-
-
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value[:2])
-        if isinstance(value, list)
-        else ()
-    )
-    for k, v in items:
-        yield from leaves(v, (*path, k))
 
 
 def small() -> dict[str, Any]:
@@ -148,9 +87,6 @@ def accepted(document: dict[str, Any]) -> bool:
     except FormatError:
         return False
     return True
-
-
-WRONG: tuple[Any, ...] = ("x", -1, 1.5, True, None, [], {})
 
 
 @pytest.mark.parametrize("turn", [0, 3])
@@ -206,29 +142,14 @@ def test_validate_refuses_numbers_no_float_holds(number: float) -> None:
 def test_html_is_well_formed_and_deterministic(name: str) -> None:
     text = report.html(EXAMPLES[name]())
     assert text == report.html(EXAMPLES[name]())
-    text.encode("utf-8")
-    found = Page(text)
-    assert found.has("html") == found.has("body") == found.has("main") == found.has("h1") == 1
-    ids = [a["id"] for _, a in found.elements if "id" in a]
-    assert len(ids) == len(set(ids))
-    links = [a["href"] for t, a in found.elements if t == "a"]
-    assert {str(h)[1:] for h in links} <= set(ids)
+    check_whole(text)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_in_a_document_becomes_markup(name: str) -> None:
     """Every string of the document carries an attack: the same elements come out, and no attribute nor script more."""
     document = EXAMPLES[name]()
-    text = report.html(poisoned(document))
-    text.encode("utf-8")
-    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x09\x0b-\x1f\ud800-\udfff]", text)
-    clean, dirty = Page(report.html(document)), Page(text)
-    assert dirty.has("img") == 0
-    assert {t for t, _ in dirty.elements} == {t for t, _ in clean.elements}
-    assert {n for _, a in dirty.elements for n in a} == {n for _, a in clean.elements for n in a}
-    assert len(dirty.scripts) == 2
-    if "compare" in name or name == "weights":
-        assert any("onerror" in t for t in dirty.texts), "the attack must have been shown"
+    check_same_markup(report.html(document), report.html(poisoned(document)))
 
 
 def test_the_injection_test_can_fail() -> None:
@@ -263,31 +184,11 @@ def test_nan_is_refused_in_the_page() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_loads_nothing_and_allows_little(name: str) -> None:
-    text = report.html(EXAMPLES[name]())
-    found = Page(text)
-    policy = next(str(a["content"]) for t, a in found.elements if a.get("http-equiv"))
-    assert policy.startswith("default-src 'none'")
-    assert "unsafe" not in policy
-    assert not [a for _, a in found.elements if {"src", "style", "onclick"} & set(a)]
-    assert not [a for t, a in found.elements if t in ("link", "iframe", "object", "base")]
-    assert not re.search(
-        r"url\(|@import|https?://", re.sub(r"<script.*?</script>", "", text, flags=re.S)
-    )
-    script = found.scripts[1]
-    assert len(script.encode()) < 6000
-    assert not re.search(r"https?:|eval|innerHTML|fetch|XMLHttp", script)
+    check_self_contained(report.html(EXAMPLES[name]()))
 
 
 def test_every_plot_has_its_numbers() -> None:
-    text = report.html(compare_fail())
-    figures = text.split("<figure>")[1:]
-    assert len(figures) >= 7
-    for f in figures:
-        body = f.split("</figure>")[0]
-        assert "<details>" in body
-        assert "<table" in body
-        assert 'class="wide"' in body
-        assert 'class="small"' in body
+    check_figures(report.html(compare_fail()), 7)
 
 
 def test_the_answer_stands_on_top() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from ..markup import Html, tag
 from ..numerals import number
 from ..page import Section
-from ..parts import Document, bullets, stack
-from ..tables import Column, facts, table
+from ..parts import Document, bullets, environment, stack
+from ..tables import Column, table
 
 _CAVEATS = (
     "Divergence is KL(reference ‖ candidate) in nats over the whole vocabulary, computed term by term without cancellation.",
     "Total variation is the share of sampled tokens that must differ between the two sides.",
-    "Intervals resample documents, not tokens; maxima have no interval, the worst tokens are shown instead.",
+    "Intervals resample whole sequences (documents where there are any), not tokens; maxima have no interval, the worst "
+    "tokens are shown instead.",
     "A limit of 10 × the floor in KL is about 3.2 × in logits: KL grows with the square of the error.",
     "Agreement on these probes says nothing of inputs unlike them.",
 )
@@ -29,20 +30,12 @@ def section(document: Document, absent: list[str]) -> Section:
     body = stack(
         _floor(document.get("floor")),
         tag("h3", "Machine and versions"),
-        facts(
-            [(k.replace("_", " "), _shown(v)) for k, v in sorted(document["environment"].items())]
-        ),
+        environment(document["environment"]),
         tag("h3", "How to read the figures") if compared else None,
         bullets(_CAVEATS) if compared else None,
         tag("p", missing, cls="note") if missing else None,
     )
     return Section("environment", "Environment and caveats", "", body)
-
-
-def _shown(value: object) -> str | None:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return None if value is None else str(value)
 
 
 def _floor(floor: Document | None) -> Html | None:

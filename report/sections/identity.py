@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..markup import Child, Html, tag
-from ..numerals import count, nbytes, number, seconds
+from ..numerals import count, nbytes, number
 from ..page import Section
-from ..parts import Document, more, note, sentences, stack
+from ..parts import Document, command, cost, more, note, stack
 from ..tables import Column, facts, table
 
 _ROWS = ("reference", "candidate")
@@ -28,7 +28,7 @@ def section(document: Document) -> Section | None:
         tag("table", tag("thead", heads), tag("tbody", *rows), cls="identity"),
         _same_pieces(known, document),
         _differences(document["differences"]),
-        _command(document.get("run")),
+        command(document.get("run")),
         more("Settings and content id", _settings(document)),
     )
     return Section("identity", "Identity", _lede(known), body)
@@ -123,29 +123,8 @@ def _shown(value: Any) -> Child:
     return "none" if value is None else str(value)
 
 
-def _command(run: Document | None) -> Html | None:
-    if not run or not run.get("command"):
-        return None
-    command = run["command"]
-    return tag(
-        "div",
-        tag("code", command),
-        tag("button", "Copy", type="button", data_copy=command),
-        cls="command",
-    )
-
-
 def _settings(document: Document) -> Html:
     run = document.get("run") or {}
-    cost = sentences(
-        seconds(run["seconds"]) if run.get("seconds") is not None else None,
-        f"({seconds(run['cpu_seconds'])} of processor)"
-        if run.get("cpu_seconds") is not None
-        else None,
-        f"and {run['peak_rss_mib']:,.0f} MiB at most"
-        if run.get("peak_rss_mib") is not None
-        else None,
-    )
     settings = [
         (k.replace("_", " "), _shown(v))
         for k, v in sorted(document["settings"].items())
@@ -155,7 +134,7 @@ def _settings(document: Document) -> Html:
         [
             ("content id", tag("span", document["content_id"], cls="mono")),
             ("started", run.get("started")),
-            ("took", cost),
+            ("took", cost(run)),
             *settings,
         ]
     )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
-from ..bars import heatmap
 from ..markup import Child, Html, tag
-from ..numerals import NOTHING, count, number, percent
+from ..matrices import grid
+from ..numerals import count, number, percent
 from ..page import Section
-from ..parts import Document, badge, stack
-from ..plots import figure
+from ..parts import Document, badge, filled, stack
 from ..tables import Cell, Column, filter_box, table
 
 _COLUMNS = (
@@ -68,14 +65,10 @@ def _open(ledger: list[Document]) -> Html:
 def _table(ledger: list[Document], id: str) -> Html:
     """Columns without any value are left out."""
     rows = [_row(t) for t in ledger]
-    used = [i for i in range(len(_COLUMNS)) if any(_filled(row[i]) for row in rows)]
+    used = filled(_COLUMNS, rows)
     return table(
         [_COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows], sortable=True, id=id
     )
-
-
-def _filled(cell: Child | Cell) -> bool:
-    return (cell.shown if isinstance(cell, Cell) else cell) not in (None, "", NOTHING)
 
 
 def _row(t: Document) -> list[Child | Cell]:
@@ -117,30 +110,10 @@ def _hash(text: str | None) -> Child:
 
 def _heat(ledger: list[Document]) -> Html | None:
     """Blocks x matrices, where a signal-to-noise ratio is known: darker is worse."""
-    known = [
-        (m, t["sqnr_db"])
-        for t in ledger
-        if t["sqnr_db"] is not None and (m := re.search(r"\.(\d+)\.(.+)", t["name"]))
-    ]
-    if len(known) < 2:
+    found = grid({t["name"]: t["sqnr_db"] for t in ledger})
+    if found is None:
         return None
-    blocks = sorted({int(m[1]) for m, _ in known})
-    kinds = list(dict.fromkeys(m[2] for m, _ in known))
-    values = {(int(m[1]), m[2]): sqnr for m, sqnr in known}
-    short = [k.removesuffix(".weight").rpartition(".")[2] for k in kinds]
-    grid = [[values.get((b, k)) for k in kinds] for b in blocks]
-    low, high = min(values.values()), max(values.values())
-    plot = figure(
-        lambda w: heatmap(
-            w,
-            [str(b) for b in blocks],
-            short,
-            grid,
-            "dB",
-            alt="Error by block and matrix",
-            reverse=True,
-        )
-    )
-    span = f"{number(low)} dB (dark) to {number(high)} dB (light)"
+    plot = found.plot("dB", alt="Error by block and matrix", reverse=True)
+    span = f"{number(min(found.known))} dB (strong) to {number(max(found.known))} dB (faint)"
     caption = tag("figcaption", f"Signal over rounding error by block and matrix, {span}.")
     return stack(tag("h3", "Where the rounding error is"), caption, plot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..markup import Html, join, tag
 from ..numerals import number, percent
-from ..parts import Document, badge, bullets, css, evaluated, glyph, raised, sentences
+from ..parts import Document, badge, bullets, css, evaluated, glyph, sentences, tile
 
 _NAMES = {
     "compare": "Comparison",
@@ -60,12 +60,7 @@ def _tiles(document: Document) -> Html | None:
             f"of {evaluated(overall)}",
         ),
     )
-    return tag("dl", *(_tile(*t) for t in tiles), cls="tiles")
-
-
-def _tile(name: str, value: str, unit: str | None) -> Html:
-    small = tag("small", f" {unit}") if unit else None
-    return tag("div", tag("dt", name), tag("dd", raised(value), small))
+    return tag("dl", *(tile(*t) for t in tiles), cls="tiles")
 
 
 def _claim(claim: Document) -> Html:
