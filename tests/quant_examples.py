@@ -101,8 +101,8 @@ def uncalibrated() -> Document:
             "dead_columns": None, "fallbacks": [],
         }  # fmt: skip
     document |= {
-        "method": "rtn", "calibration": None, "quality": None, "blocks": [], "fallbacks": [], "notes": [],
-        "sequential": None,
+        "method": "rtn", "quality": None, "blocks": [], "fallbacks": [], "notes": [], "sequential": None,
+        "calibration": {"source": "none", "sequences": 0, "tokens": 0, "held_out_sequences": 0, "held_out_tokens": 0},
     }  # fmt: skip
     return seal(document | {"exclude": exclude(document)})
 
@@ -124,6 +124,38 @@ def mixed() -> Document:
     return seal(document)
 
 
+def from_matrix() -> Document:
+    """Weighted by an importance matrix; the measurement's place is there, and empty."""
+    document = uncalibrated()
+    document["calibration"]["source"] = "imatrix.gguf"
+    document["blocks"] = [{"layer": i, "error": None} for i in range(LAYERS)]
+    document["quality"] = {
+        "sequences": 0, "positions": 0, "kl": None, "kl_interval": None, "kl_percentiles": {}, "top1_agreement": None,
+        "top1_agreement_interval": None, "perplexity": None, "perplexity_original": None,
+        "perplexity_ratio_interval": None,
+    }  # fmt: skip
+    return seal(document)
+
+
+def allocated() -> Document:
+    """Schemes chosen for a size."""
+    document = sensitive()
+    choices = {
+        n: x["choices"]["int4 g128 sym"]["kl"]
+        for n, x in document["sensitivity"]["linears"].items()
+    }
+    for name, x in document["linears"].items():
+        if "down_proj" in name:
+            x["scheme"] = "int8 g128 sym"
+            choice = {"kl": choices[name] / 200, "measured": False, "error": x["error"]}
+            document["sensitivity"]["linears"][name]["choices"]["int8 g128 sym"] = choice
+    document |= {
+        "targets": {"int4 g128 sym": 24, "int8 g128 sym": 4}, "bits_per_weight": 5.0,
+        "allocation": {"budget": "3.5 MiB", "predicted_kl": 0.0051, "weights_bytes": 3_600_000},
+    }  # fmt: skip
+    return seal(document | {"exclude": exclude(document)})
+
+
 def nothing_lost() -> Document:
     """8 bits that change nothing to speak of."""
     document = run("int8 row sym", "torch-int8", 8.01, 0.0, 3)
@@ -139,4 +171,6 @@ EXAMPLES: dict[str, Callable[[], Document]] = {
     "uncalibrated": uncalibrated,
     "mixed": mixed,
     "nothing-lost": nothing_lost,
+    "from-matrix": from_matrix,
+    "allocated": allocated,
 }

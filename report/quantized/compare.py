@@ -13,7 +13,7 @@ from ..plots import Hover, Layer, Line, chart, figure, legend, sample_line
 from ..scales import Axis
 from ..tables import Cell, Column, table
 from .frontier import Mark, Marks, best, unit_of
-from .words import methods, schemes
+from .words import calibrated_on, methods, schemes
 
 _CURVES = ("1", "2", "3", "0")  # colours that keep apart
 SCHEMA = "g2kit.quant-reports/1"
@@ -221,10 +221,10 @@ def _row(name: str, d: Document) -> list[Any]:
 
 def _calibration(d: Document) -> str:
     c = d["calibration"]
-    if c is None:
+    if c is None or calibrated_on(d) is None:
         return "nothing"
-    source = c["source"].rstrip("/").rpartition("/")[2]
-    return f"{clip(source, 24)}, {c['tokens']:,} tokens"
+    source = clip(c["source"].rstrip("/").rpartition("/")[2], 24)
+    return f"{source}, {c['tokens']:,} tokens" if c["tokens"] else source
 
 
 def _blocks(documents: Sequence[Document], names: Sequence[str]) -> Section | None:

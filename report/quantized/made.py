@@ -25,6 +25,7 @@ def section(document: Document) -> Section:
                 ("Format", f"{document['format']}, {nbytes(output['bytes'])} in all"),
                 ("Loaded by", output.get("readers")),
                 ("Scheme", scheme),
+                ("Allocated", _allocated(document.get("allocation"))),
                 ("Method", _method(document)),
                 ("Taken in the end", methods(document)),
                 ("Tuned afterwards", document.get("recover") if document.get("recover") != "none" else None),
@@ -55,9 +56,17 @@ def _method(document: Document) -> str:
     return ", ".join(p for p in parts if p)
 
 
+def _allocated(found: Document | None) -> str | None:
+    if not found or not found.get("budget"):
+        return None
+    predicted = found.get("predicted_kl")
+    known = isinstance(predicted, int | float)
+    return f"to {found['budget']}" + (f"; KL {number(predicted)} nats predicted" if known else "")
+
+
 def _held_out(document: Document) -> str | None:
     c = document["calibration"]
-    if c is None or c.get("held_out_tokens") is None:
+    if c is None or not c.get("held_out_tokens"):
         return None
     kind = "of the same kind" if c["source"] == SELF else "of the same source"
     return f"{c['held_out_tokens']:,} tokens {kind}: one half chose between methods, the other measures the result"

@@ -8,7 +8,7 @@ from collections import Counter
 from ..numerals import number
 from ..parts import Document
 
-SELF = "self"
+SELF, NONE = "self", "none"  # sources of calibration
 # of `method` and `recover`: what a reader who does not know the words is told
 METHODS = {
     "gptq": "GPTQ (weights rounded one after the other, each making up for the errors before it)",
@@ -53,10 +53,12 @@ def methods(document: Document) -> str:
 
 
 def calibrated_on(document: Document) -> str | None:
-    """Whose inputs decided."""
+    """Whose inputs decided; None where no inputs did."""
     c = document["calibration"]
-    if c is None:
+    if c is None or (not c["tokens"] and c["source"] == NONE):
         return None
+    if not c["tokens"]:
+        return f"the importance matrix {c['source']}"
     source = "text that the model wrote itself" if c["source"] == SELF else c["source"]
     return f"{c['tokens']:,} tokens in {c['sequences']:,} sequences: {source}"
 
