@@ -95,6 +95,18 @@ def resigned(
     return target
 
 
+def first_version(source: Path, target: Path) -> Path:
+    """As the first version of the schema was written."""
+
+    def without(document: dict[str, Any]) -> None:
+        document["schema"] = schema.FIRST
+        del document["model"]["tokenizer"], document["files"][schema.TOKENIZER]
+
+    made = resigned(source, target, lambda a: a.__delitem__("final_norm"), without)
+    (made / schema.TOKENIZER).unlink()
+    return made
+
+
 def probe(id_: str, tokens: list[int]) -> Probe:
     """A probe of these ids."""
     return Probe(id_, id_.split("/")[0], "test", id_, np.array(tokens, np.int64), None, True)

@@ -148,7 +148,7 @@ def test_arrays_are_what_the_runner_gives(by_torch: Recording) -> None:
 
 def test_the_document_says_what_ran(by_torch: Recording) -> None:
     d, described = by_torch.document, by_torch.describe()
-    assert d["schema"] == "g2kit.recording/1"
+    assert d["schema"] == "g2kit.recording/2"
     assert by_torch.fingerprint == fingerprint(sample_dir())
     assert (described["kind"], described["runner"]["name"]) == ("recording", "torch")
     assert described["config"]["vocab_size"] == by_torch.config.vocab_size
@@ -175,7 +175,9 @@ def test_same_run_same_bytes_but_for_the_run(tmp_path: Path) -> None:
     assert one.pop("run") != two.pop("run")
     assert one.pop("self_sha256") != two.pop("self_sha256")
     assert one == two
-    assert sorted(p.name for p in a.iterdir()) == ["arrays.safetensors", "recording.json"]
+    assert sorted(p.name for p in a.iterdir()) == [
+        "arrays.safetensors", "recording.json", "tokenizer.model",
+    ]  # fmt: skip
 
 
 def test_the_official_reader_reads_the_arrays(by_torch: Recording) -> None:

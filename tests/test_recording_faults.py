@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recording_case import Arrays, few_probes, make, resigned, sample
+from recording_case import Arrays, few_probes, first_version, make, resigned, sample
 
 from g2kit.formats.errors import (
     ChecksumError,
@@ -33,8 +33,9 @@ from g2kit.formats.errors import (
 from g2kit.model.sample import sample_dir
 from g2kit.verify import recording_schema as schema
 from g2kit.verify.compare import compare, record_model
-from g2kit.verify.recording import compare_recording, open_recording
+from g2kit.verify.recording import compare_recording, compare_recordings, open_recording
 from g2kit.verify.runners import open_runner
+from g2kit.verify.views import changed, edited
 
 pytest.importorskip("torch")
 Edit = Callable[[dict[str, Any]], None]
@@ -77,7 +78,7 @@ def test_resigning_alone_changes_nothing(good: Path, tmp_path: Path) -> None:
 
 # every one of these with right hashes, as another program could write it
 DOCUMENTS: dict[str, tuple[Edit, type[G2Error], str]] = {
-    "future": (put("schema", value="g2kit.recording/2"), FormatError, "schema g2kit.recording/2; this g2kit reads .*newer g2kit"),
+    "future": (put("schema", value="g2kit.recording/3"), FormatError, "g2kit.recording/3; this g2kit reads .*/1 and .*/2.*newer"),
     "past": (put("schema", value="g2kit.recording/0"), FormatError, "schema g2kit.recording/0"),
     "foreign": (put("schema", value="g2kit.report/1"), FormatError, "not a g2kit recording.*g2verify record"),
     "no schema": (drop("schema"), FormatError, "not a g2kit recording"),
@@ -155,6 +156,17 @@ def remake(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[A
     return lambda arrays: arrays.__setitem__(name, change(arrays[name]))
 
 
+def raised(point: int, factor: float = 1.01) -> Callable[[np.ndarray], np.ndarray]:
+    """What was noted behind a block, larger."""
+
+    def change(x: np.ndarray) -> np.ndarray:
+        x = x.copy()
+        x[:, point] *= factor
+        return x
+
+    return change
+
+
 NAN, INF = float("nan"), float("inf")
 CHANGES: dict[str, tuple[Callable[[Arrays], None], type[G2Error], str]] = {
     "missing": (lambda a: a.__delitem__("lse"), MissingTensorError, "arrays are missing: lse"),
@@ -183,6 +195,12 @@ CHANGES: dict[str, tuple[Callable[[Arrays], None], type[G2Error], str]] = {
     "sampled outside": (at("sample_at", -1, 1 << 40), FormatError, "not ascending positions"),
     "row of another position": (remake("sample_logits", lambda x: x[::-1]), FormatError, "position .* of probe .* contradict"),
     "lse larger": (remake("lse", lambda x: x + 1), FormatError, "contradict the recorded log-sum-exp"),
+    "last block's projections": (at("projection", (7, -1, 3), 0.25), FormatError, "3 .*last block's projections are not"),
+    "last block's norm": (remake("norm", lambda x: x * np.float32(1.001)), FormatError, "last block's projections are not"),
+    "final norm": (remake("final_norm", lambda x: x + 0.01), FormatError, "last block's projections are not"),
+    "final norm of 0": (remake("final_norm", lambda x: x * 0 - 1), FormatError, "last block's projections are not"),
+    "norms of a block": (remake("norm", raised(2, 20)), FormatError, "norms behind block 1 contradict their projections"),
+    "next logit": (remake("next_logit", lambda x: x + np.float32(1e-3)), FormatError, "next token's logit contradicts"),
 }  # fmt: skip
 
 
@@ -194,22 +212,91 @@ def test_arrays(good: Path, tmp_path: Path, name: str) -> None:
 
 
 COMPARED: dict[str, tuple[Callable[[Arrays], None], type[G2Error], str]] = {
-    "states of another layer": (remake("final_hidden", lambda x: x * 1.001), FormatError, "rounding explains"),
-    "states swapped": (remake("final_hidden", lambda x: x[::-1]), FormatError, "rounding explains"),
+    "states of another layer": (remake("final_hidden", lambda x: x * 1.001), FormatError, "last block's projections"),
+    "states swapped": (remake("final_hidden", lambda x: x[::-1]), FormatError, "last block's projections"),
     "another embedding": (remake("embedding", lambda x: x[::-1]), ChecksumError, "carried along is not the one"),
-    "one state": (at("final_hidden", (200, slice(None)), 1.0), FormatError, "at position .* differs by .* rounding"),
+    "a block's projections": (at("projection", (9, 2, slice(None)), 0.0), FormatError, "5 .*behind block 1 and not .*block 2"),
+    "a block's projections, one percent": (remake("projection", raised(3)), FormatError, "behind block 2 and not .* block 3"),
+    "the embedding's projections": (remake("projection", raised(0)), FormatError, "the embedded token's projections"),
+    "the embedding's norms": (remake("norm", raised(0)), FormatError, "the embedded token's projections"),
+    "one state": (at("final_hidden", (200, slice(None)), 1.0), FormatError, "last block's projections"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_contradictions_show_when_logits_are_made(good: Path, tmp_path: Path, name: str) -> None:
     edit, error, match = COMPARED[name]
-    with (
-        open_recording(resigned(good, tmp_path / "r", edit)) as r,
-        open_runner("torch", sample()) as runner,
-        pytest.raises(error, match=match),
-    ):
+    with pytest.raises(error, match=match):
+        compared(resigned(good, tmp_path / "r", edit))
+
+
+def compared(recording: Path) -> None:
+    """Open one and compare the sample with it."""
+    with open_recording(recording) as r, open_runner("torch", sample()) as runner:
         compare_recording(r, runner)
+
+
+def test_states_of_the_first_version_are_held_against_the_logits(
+    good: Path, tmp_path: Path
+) -> None:
+    """Without the final norm's weights, projections say nothing of the states; the recorded logits do."""
+    for i, change in enumerate((lambda x: x * np.float32(1.001), lambda x: x[::-1])):
+        forged = resigned(good, tmp_path / f"{i}", remake("final_hidden", change))
+        with pytest.raises(FormatError, match="rounding explains"):
+            compared(first_version(forged, tmp_path / f"old{i}"))
+
+
+# what every position has; of ``sample_at`` and ``sample_logits`` the tables above have cases
+ROWS = (
+    "tokens",
+    "lse",
+    "topk_id",
+    "topk_logit",
+    "next_logit",
+    "final_hidden",
+    "projection",
+    "norm",
+)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_two_positions_exchanged(good: Path, tmp_path: Path, name: str) -> None:
+    """With right hashes, and at positions of which no row of logits was recorded whole."""
+
+    def edit(arrays: Arrays) -> None:
+        one, two = [i for i in range(5, 40) if i not in arrays["sample_at"]][:2]
+        arrays[name] = arrays[name].copy()
+        arrays[name][[one, two]] = arrays[name][[two, one]]
+
+    with pytest.raises((FormatError, ChecksumError)):
+        compared(resigned(good, tmp_path / "r", edit))
+
+
+@pytest.mark.parametrize("name", ["projection", "final_hidden"])
+def test_a_changed_recording_is_refused_by_a_recording_too(
+    good: Path, tmp_path: Path, name: str
+) -> None:
+    forged = resigned(good, tmp_path / "r", lambda a: scale(a, name))
+    with (
+        open_recording(good) as own,
+        pytest.raises(FormatError, match=r"behind block 1 and not|last block's"),
+        open_recording(forged) as r,
+    ):
+        compare_recordings(own, r)
+
+
+def scale(arrays: Arrays, name: str) -> None:
+    arrays[name] = arrays[name].copy()
+    arrays[name][:, 2] *= np.float32(1.5)
+
+
+def test_an_honest_fault_is_no_contradiction(good: Path) -> None:
+    """One block wrong: the difference is there behind all later blocks."""
+    name = next(n for n in sample().tensors if ".1." in n and "gate_proj" in n)
+    faulty = changed(sample(), {name: edited(sample().tensors[name], lambda w: w * 2)})
+    with open_recording(good) as r, open_runner("torch", faulty) as runner:
+        found = compare_recording(r, runner)
+    assert [e.reached > 1e-3 for e in found.errors] == [False, False, True, True, True, True]
 
 
 def test_a_config_that_gives_other_logits_is_found(good: Path, tmp_path: Path) -> None:
@@ -225,11 +312,13 @@ def test_a_config_that_gives_other_logits_is_found(good: Path, tmp_path: Path) -
 
 # ---------------------------------------------------------------- damage
 
+FILES = [schema.DOCUMENT, schema.ARRAYS, schema.TOKENIZER]
+
 
 @given(st.data())
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_changed_byte_is_noticed(good: Path, tmp_path: Path, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from([schema.DOCUMENT, schema.ARRAYS]))
+    name = data.draw(st.sampled_from(FILES))
     copy = tmp_path / "r"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(good, copy)
@@ -249,7 +338,7 @@ def test_any_changed_byte_is_noticed(good: Path, tmp_path: Path, data: st.DataOb
 @given(st.data())
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_cut_is_noticed(good: Path, tmp_path: Path, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from([schema.DOCUMENT, schema.ARRAYS]))
+    name = data.draw(st.sampled_from(FILES))
     copy = tmp_path / "r"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(good, copy)
@@ -318,7 +407,8 @@ def test_what_is_no_recording(good: Path, tmp_path: Path) -> None:
 def test_every_part_of_the_document_may_be_anything(good: Path, tmp_path: Path) -> None:
     """Right hashes, wrong types everywhere: only ever a G2Error, or a field that is for readers alone."""
     original = json.loads((good / schema.DOCUMENT).read_text())
-    (tmp_path / schema.ARRAYS).hardlink_to(good / schema.ARRAYS)
+    for name in (schema.ARRAYS, schema.TOKENIZER):
+        (tmp_path / name).hardlink_to(good / name)
     anything = set()
     for path in places({k: v for k, v in original.items() if k not in ("id", "self_sha256")}):
         for value in (None, -1, "x", []):
@@ -334,7 +424,7 @@ def test_every_part_of_the_document_may_be_anything(good: Path, tmp_path: Path) 
     told |= {
         ("model", k) for k in ("config", "format", "layout", "dtypes", "quantized", "parameters")
     }
-    told |= {("runner", k) for k in ("name", "device", "version")}
+    told |= {("model", "tokenizer"), *(("runner", k) for k in ("name", "device", "version"))}
     told |= {("probes", k) for k in ("profile", "seed", "skipped", "list")}
     # environment and run may be any object; floor may be absent; dtype another of the same width
     told |= {("run",), ("environment",), ("floor",), ("model", "embedding_dtype")}

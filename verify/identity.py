@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from ..convert.sidecar_files import TOKENIZER_MODEL
 from ..formats.errors import printable
 from ..formats.sentencepiece_model import PieceType, SentencePieceModel
 from ..model.config import GemmaConfig
@@ -168,7 +167,7 @@ def tokenizer_differences(ref: Side, cand: Side) -> Iterator[Difference]:
     if len(texts) > _SHOWN:
         kind = SIZE if any(d.kind == SIZE for d in texts) else FUNCTION
         yield Difference("tokenizer.pieces that differ", 0, len(texts), kind)
-    rebuilt = _rebuilt(ref) or _rebuilt(cand)
+    rebuilt = ref.tokenizer_rebuilt or cand.tokenizer_rebuilt
     yield from _column_differences("scores", one, two, rebuilt)
     yield from _column_differences("types", one, two, rebuilt)
     for name in SETTINGS:
@@ -203,11 +202,6 @@ def _column_differences(
             yield Difference(f"tokenizer.{name}[{i}]", shown[0], shown[1], kind)
         if len(listed) > _SHOWN:
             yield Difference(f"tokenizer.{name} that differ", 0, len(listed), kind)
-
-
-def _rebuilt(side: Side) -> bool:
-    """Whether the tokenizer was made from another file, which keeps less."""
-    return side.sidecars is not None and TOKENIZER_MODEL in side.sidecars.origins
 
 
 def _setting(model: SentencePieceModel, name: str) -> Any:

@@ -44,13 +44,14 @@ def open_arrays(
     Raises:
         G2Error: see :func:`.recording_read.open_recording`.
     """
-    _check_file(file, entry)
+    check_file(file, entry)
     tensors = _tensors(file, sizes)
     _check_numbers(tensors, sizes, file.path)
     return tensors
 
 
-def _check_file(file: InputFile, entry: Mapping[str, Any]) -> None:
+def check_file(file: InputFile, entry: Mapping[str, Any]) -> None:
+    """Raise unless a file has the size and sha256 that the document gives."""
     if file.size != entry["size"]:
         kind: type[G2Error] = TruncatedError if file.size < entry["size"] else ChecksumError
         raise kind(

@@ -62,7 +62,7 @@ def parse(document: Mapping[str, Any], where: Path) -> tuple[schema.Sizes, Gemma
         check.get(document[section], key, section, kind)
     skipped = document["probes"]["skipped"]
     check.require(all(isinstance(x, dict) for x in skipped), "probes.skipped", "objects")
-    _check_entry(check, document["files"])
+    _check_files(check, document)
     for key in ("environment", "run", "runner"):
         check.require(isinstance(document[key], dict), key, "an object")
     if document["floor"] is not None:
@@ -74,7 +74,7 @@ def parse(document: Mapping[str, Any], where: Path) -> tuple[schema.Sizes, Gemma
 
 
 def _check_schema(found: Any, where: Path) -> None:
-    if found == schema.SCHEMA:
+    if found in schema.READABLE:
         return
     if not isinstance(found, str) or not found.startswith(schema.FAMILY):
         raise FormatError(
@@ -83,7 +83,8 @@ def _check_schema(found: Any, where: Path) -> None:
             fix="make one with `g2verify record MODEL OUT`.",
         )
     raise FormatError(
-        f"the recording has schema {printable(found, 60)}; this g2kit reads {schema.SCHEMA}.",
+        f"the recording has schema {printable(found, 60)}; this g2kit reads "
+        f"{' and '.join(schema.READABLE)}.",
         where=where,
         fix="install a newer g2kit, or record again with this one.",
     )
@@ -99,13 +100,13 @@ class _Checker:
         if not good:
             raise FormatError(f"{printable(place, 100)} must be {wanted}.", where=self.where)
 
-    def get(self, holder: Any, key: str, place: str, kind: type) -> Any:
+    def get(self, holder: Any, key: str, place: str, kind: Any) -> Any:
         """``holder[key]``, of that type."""
         self.require(isinstance(holder, dict), place, "an object")
         self.require(key in holder, f"{place}.{key}", "there")
         value = holder[key]
         good = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-        self.require(good, f"{place}.{key}", f"of type {kind.__name__}")
+        self.require(good, f"{place}.{key}", f"of type {getattr(kind, '__name__', kind)}")
         return value
 
     def count(self, holder: Any, key: str, place: str) -> int:
@@ -148,11 +149,19 @@ def _check_row(check: _Checker, row: Any) -> None:
     check.require(length > 0, "probes.list[].length", "at least 1")
 
 
-def _check_entry(check: _Checker, files: Any) -> None:
-    entry = check.get(files, schema.ARRAYS, "files", dict)
-    check.require(len(files) == 1, "files", f"an object with {schema.ARRAYS}")
-    check.count(entry, "size", "files")
-    check.digest(entry, "sha256", "files")
+def _check_files(check: _Checker, document: Mapping[str, Any]) -> None:
+    files, names = document["files"], {schema.ARRAYS}
+    if document["schema"] != schema.FIRST:
+        tokenizer = check.get(document["model"], "tokenizer", "model", dict | None)
+        if tokenizer is not None:
+            names.add(schema.TOKENIZER)
+            check.count(tokenizer, "pieces", "model.tokenizer")
+            check.get(tokenizer, "rebuilt", "model.tokenizer", bool)
+    for name in sorted(names):
+        entry = check.get(files, name, "files", dict)
+        check.count(entry, "size", "files")
+        check.digest(entry, "sha256", "files")
+    check.require(files.keys() == names, "files", f"an object with {listing(sorted(names))}")
 
 
 def _sizes(
@@ -170,5 +179,5 @@ def _sizes(
     check.require(kind == schema.HIDDEN or not has_embedding, "settings.embedding", "false here")
     return schema.Sizes(
         kind, positions, config.hidden_size, config.num_hidden_layers, config.vocab_size, dtype,
-        carried[stored] if has_embedding else None,
+        carried[stored] if has_embedding else None, document["schema"] != schema.FIRST,
     )  # fmt: skip

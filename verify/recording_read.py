@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,13 @@ from ..formats.base import Array, RowTensor, Tensor
 from ..formats.errors import ChecksumError, FormatError, printable
 from ..formats.files import InputFile
 from ..formats.names import listing
+from ..formats.sentencepiece_model import parse as parse_tokenizer
 from ..model.config import GemmaConfig
 from . import recording_schema as schema
 from .floor import Floor
 from .probes import Probe, ProbeSet
-from .recording_arrays import open_arrays
+from .recording_arrays import check_file, open_arrays
+from .recording_consistency import check_recording
 from .recording_document import DAMAGED, parse
 
 MAX_DOCUMENT = 64 << 20
@@ -36,6 +37,7 @@ class Recording:
         sizes: of the arrays; ``sizes.kind`` says whether logits can be computed again.
         probes: what was run; without texts, which a recording does not carry.
         offsets: row of every probe's first position, and one past the last.
+        tokenizer_model: the model's SentencePiece file; None where it had none, and in recordings of the first version.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class Recording:
         config: GemmaConfig,
         file: InputFile,
         tensors: Mapping[str, RowTensor],
+        tokenizer_model: bytes | None = None,
     ) -> None:
         self.path, self.document, self.sizes, self.config = path, document, sizes, config
-        self._file, self._tensors = file, tensors
+        self._file, self._tensors, self.tokenizer_model = file, tensors, tokenizer_model
         lengths = [row["length"] for row in document["probes"]["list"]]
         self.offsets: list[int] = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
         self.probes = self._probe_set()
@@ -100,6 +103,12 @@ class Recording:
             "config_from": "recording",
             "runner": dict(self.document["runner"]),
         }
+
+    @property
+    def tokenizer_rebuilt(self) -> bool:
+        """Whether the tokenizer was made from another file, which keeps less."""
+        found = self.document["model"].get("tokenizer")
+        return found is not None and bool(found["rebuilt"])
 
     def require_weights(self, fingerprint: str) -> None:
         """Refuse a comparison that is to be of the same weights.
@@ -217,9 +226,10 @@ def open_recording(path: str | Path) -> Recording:
     file = InputFile(path / schema.ARRAYS)
     try:
         tensors = open_arrays(file, document["files"][schema.ARRAYS], sizes)
-        recording = Recording(path, document, sizes, config, file, tensors)
+        tokenizer = _tokenizer(path, document)
+        recording = Recording(path, document, sizes, config, file, tensors, tokenizer)
         _check_probes(recording, where)
-        _check_samples(recording)
+        check_recording(recording)
     except BaseException:
         file.close()
         raise
@@ -247,26 +257,23 @@ def _check_probes(recording: Recording, where: Path) -> None:
         )
 
 
-def _check_samples(recording: Recording) -> None:
-    """Rows recorded whole agree with the same positions' log-sum-exp and largest logits."""
-    rows = recording.rows("sample_at", 0, recording.sizes.sampled)
-    for i, row in enumerate(rows.tolist()):
-        logits = recording.rows("sample_logits", i, i + 1)[0].astype(np.float64)
-        top = float(logits.max())
-        lse = top + math.log(np.exp(logits - top).sum())
-        stored = float(recording.rows("lse", row, row + 1)[0])
-        ids = recording.rows("topk_id", row, row + 1)[0]
-        largest = recording.rows("topk_logit", row, row + 1)[0]
-        same = np.array_equal(logits[ids].astype(np.float32), largest)
-        if not same or abs(lse - stored) > 1e-6 * (1 + abs(stored)):
-            probe, position = recording.place(row)
-            raise FormatError(
-                f"position {position} of probe {printable(recording.probes.probes[probe].id, 60)}: the logits "
-                "recorded whole contradict the recorded log-sum-exp or largest logits.",
-                where=recording.path / schema.ARRAYS,
-                tensor="sample_logits",
-                fix=DAMAGED,
-            )
+def _tokenizer(path: Path, document: Mapping[str, Any]) -> bytes | None:
+    """The tokenizer's file, its hash and its number of pieces checked."""
+    entry = document["files"].get(schema.TOKENIZER)
+    if entry is None:
+        return None
+    with InputFile(path / schema.TOKENIZER) as file:
+        check_file(file, entry)
+        content = file.read(0, file.size)
+        found = len(parse_tokenizer(content, file.path).pieces)
+    said = document["model"]["tokenizer"]["pieces"]
+    if found != said:
+        raise FormatError(
+            f"the tokenizer has {found} pieces, {schema.DOCUMENT} says {said}.",
+            where=file.path,
+            fix=DAMAGED,
+        )
+    return content
 
 
 def require_same_probes(a: Recording, b: Recording) -> None:

@@ -22,9 +22,12 @@ from ..model.config import GemmaConfig
 
 Array = npt.NDArray[Any]
 
-FAMILY, VERSION = "g2kit.recording/", 1
+FAMILY, VERSION = "g2kit.recording/", 2
 SCHEMA = f"{FAMILY}{VERSION}"
-DOCUMENT, ARRAYS = "recording.json", "arrays.safetensors"
+# without tokenizer and final norm: still read
+FIRST = f"{FAMILY}1"
+READABLE = (FIRST, SCHEMA)
+DOCUMENT, ARRAYS, TOKENIZER = "recording.json", "arrays.safetensors", "tokenizer.model"
 HIDDEN, TOP_K = "hidden", "top-k"
 KINDS = (HIDDEN, TOP_K)
 TOP, SAMPLED, DIMS = 256, 32, 16
@@ -47,6 +50,7 @@ class Sizes:
         hidden, layers, vocab: the model's.
         dtype: compute type of the run.
         embedding: element type of the embedding carried along, None for none.
+        final_norm: the final norm's weights are there; the first version had none.
     """
 
     kind: str
@@ -56,6 +60,7 @@ class Sizes:
     vocab: int
     dtype: str
     embedding: np.dtype | None = None
+    final_norm: bool = True
 
     @property
     def top(self) -> int:
@@ -79,7 +84,8 @@ def slots(s: Sizes) -> list[Slot]:
     ``tokens[n]``, ``lse[n]``; ``topk_id[n, 256]`` and ``topk_logit`` by descending logit, then ascending id;
     ``sample_at[m]`` positions, ``sample_logits[m, vocab]``; ``next_logit[n]`` of the token that follows in a scored probe,
     0 where none does. Kind ``hidden``: ``final_hidden[n, d]`` behind the final norm, ``projection[n, layers + 1, 16]`` and
-    ``norm[n, layers + 1]`` (Euclidean) of the embedded tokens and every block's output; maybe ``embedding[vocab, d]``.
+    ``norm[n, layers + 1]`` (Euclidean) of the embedded tokens and every block's output; ``final_norm[d]``, the norm's weights
+    as stored, which tie the last projection to the final states; maybe ``embedding[vocab, d]``.
     """
     n, d, points = s.positions, s.hidden, s.layers + 1
     every = [
@@ -98,6 +104,8 @@ def slots(s: Sizes) -> list[Slot]:
         Slot("projection", s.wide, (n, points, DIMS)),
         Slot("norm", s.wide, (n, points)),
     ]
+    if s.final_norm:
+        every.append(Slot("final_norm", F64, (d,)))
     return every if s.embedding is None else [*every, Slot("embedding", s.embedding, (s.vocab, d))]
 
 

@@ -21,9 +21,11 @@ from ..formats.dtypes import BF16
 from ..formats.errors import ChecksumError, FormatError, MissingTensorError, printable
 from ..model import canonical
 from . import recording_schema as schema
+from .recording_consistency import check_embedded
 from .runners.base import Table
 
 if TYPE_CHECKING:
+    from ..model.logits_stats import Stats
     from .recording_read import Recording
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -89,12 +91,50 @@ class Head:
         stored = np.concatenate([r.array("lse", i) for i in batch])
         size = np.abs(stored) + 2 * math.log(r.config.vocab_size)
         limit = ROUNDING[r.dtype].limit(_norms(hidden) * self.norm, size, r.config.hidden_size)
-        bad = np.flatnonzero(which & ~(np.abs(lse - stored) <= limit))
+        self._require(batch, lse, stored, limit, which, "log-sum-exp")
+
+    def check_stats(self, batch: Sequence[int], hidden: Array, stats: Stats) -> None:
+        """Compare what was computed from final hidden states with what was recorded of the logits.
+
+        Args:
+            batch: probes, one after the other.
+            hidden: their states ``[positions, hidden]``.
+            stats: computed from them ``[positions]``.
+
+        Raises:
+            FormatError: something differs by more than rounding.
+        """
+        r = self.recording
+        self.check_lse(batch, hidden, stats.lse_ref, stats.finite)
+        stored = np.concatenate([r.array("next_logit", i) for i in batch])
+        size = _norms(hidden) * self.norm
+        limit = 2 * ROUNDING[r.dtype].limit(size, np.abs(stored) + 2, r.config.hidden_size)
+        limit = limit + 2.0**-24 * np.abs(stored)  # kept as float32
+        goal = stats.finite & (stats.target >= 0)
+        found = stats.logp_ref + stats.lse_ref
+        self._require(batch, found, stored, limit, goal, "logit of the next token")
+        top = np.concatenate([r.array("topk_id", i)[:, 0] for i in batch])
+        # a different token may only win by rounding
+        margin = np.where(stats.top1_ref == top, 0.0, stats.margin)
+        zero = np.zeros_like(margin)
+        self._require(batch, margin, zero, limit, stats.finite, "largest logit")
+
+    def _require(
+        self,
+        batch: Sequence[int],
+        found: Array,
+        stored: Array,
+        limit: Array,
+        which: Array,
+        what: str,
+    ) -> None:
+        r = self.recording
+        bad = np.flatnonzero(which & ~(np.abs(found - stored) <= limit))
         if len(bad):
             i = int(bad[0])
             rows = np.concatenate([np.arange(r.offsets[p], r.offsets[p + 1]) for p in batch])
-            found = float(abs(lse[i] - stored[i]))
-            raise _contradiction(r, *r.place(int(rows[i])), "log-sum-exp", found, float(limit[i]))
+            off = float(abs(found[i] - stored[i]))
+            raise _contradiction(r, *r.place(int(rows[i])), what, off, float(limit[i]))
 
 
 def prove(recording: Recording, table: Table, device: str = "cpu") -> Head:
@@ -113,7 +153,9 @@ def prove(recording: Recording, table: Table, device: str = "cpu") -> Head:
     stored = recording.rows("sample_logits", 0, len(rows))
     norms, hidden = _norms(states)[:, None], torch.from_numpy(states).to(place)
     largest = share = 0.0
+    tokens = recording.rows("tokens", 0, recording.sizes.positions)
     for start, stop, block in table():
+        check_embedded(recording, start, block, tokens)
         with exact_products():
             tile = as_tensor(block).to(place).to(hidden.dtype)
             logits = torch.mm(hidden, tile.T)

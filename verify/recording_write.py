@@ -29,6 +29,7 @@ from ..model import canonical
 from . import recording_schema as schema
 from .batches import BATCH_TOKENS, padded, plan_batches, targets
 from .runners import RUNNERS, Runner
+from .side import Side
 from .staging import StagedDirectory
 
 if TYPE_CHECKING:
@@ -90,8 +91,10 @@ def record(
     started = time.time()
     work = _Work.of(runner, probes, checkpoint, with_embedding)
     plan = safetensors.plan(schema.slots(work.sizes), stem="arrays", metadata=_METADATA)
+    side = Side(checkpoint.path, checkpoint, None)
+    later = [schema.DOCUMENT, schema.TOKENIZER]
     with StagedDirectory(
-        Path(out), plan.files, [schema.DOCUMENT], overwrite=overwrite,
+        Path(out), plan.files, later, overwrite=overwrite,
         sources=_read_from(checkpoint), fs=fs,
     ) as staged:  # fmt: skip
         writer = _Writer(staged, plan.chunks)
@@ -103,16 +106,23 @@ def record(
         writer.put("sample_at", 0, work.sample_at)
         if work.sizes.embedding is not None:
             _write_embedding(writer, checkpoint, work.sizes.embedding)
+        if work.sizes.kind == schema.HIDDEN:
+            norm = checkpoint.tensors[canonical.FINAL_NORM].read()
+            writer.put("final_norm", 0, norm.astype(np.float64))
+        files = {schema.ARRAYS: _file_entry(staged, schema.ARRAYS)}
+        if side.tokenizer_bytes is not None:
+            staged.add(schema.TOKENIZER, side.tokenizer_bytes)
+            files[schema.TOKENIZER] = _file_entry(staged, schema.TOKENIZER)
         document = {
             "schema": schema.SCHEMA,
             "kind": work.sizes.kind,
-            "model": model,
+            "model": {**model, "tokenizer": _tokenizer(side)},
             "runner": runner_identity(runner),
             "settings": _settings(work, batch_tokens),
             "environment": environment_of(runner) if environment is None else dict(environment),
             "floor": None if floor is None else floor.to_json(),
             "probes": _probes(probes),
-            "files": {schema.ARRAYS: _file_entry(staged)},
+            "files": files,
             "run": {
                 "command": command,
                 "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
@@ -133,7 +143,7 @@ def check_output(out: str | Path, checkpoint: Checkpoint, *, overwrite: bool = F
     Raises:
         ConflictError, UsageError, FileIOError: it would.
     """
-    names = (schema.ARRAYS, schema.DOCUMENT)
+    names = (schema.ARRAYS, schema.DOCUMENT, schema.TOKENIZER)
     sources = _read_from(checkpoint)
     StagedDirectory(Path(out), (), names, overwrite=overwrite, sources=sources).check()
 
@@ -309,9 +319,15 @@ def _write_embedding(writer: _Writer, checkpoint: Checkpoint, dtype: np.dtype) -
         writer.put("embedding", start, rows.astype(dtype, copy=False))
 
 
-def _file_entry(staged: StagedDirectory) -> dict[str, Any]:
-    with InputFile(staged.sync(schema.ARRAYS)) as file:
+def _file_entry(staged: StagedDirectory, name: str) -> dict[str, Any]:
+    with InputFile(staged.sync(name)) as file:
         return {"size": file.size, "sha256": file_digest(file)}
+
+
+def _tokenizer(side: Side) -> dict[str, Any] | None:
+    """What the document says of the tokenizer; the file itself lies beside it."""
+    found = side.describe_tokenizer()
+    return None if found is None else {**found, "rebuilt": side.tokenizer_rebuilt}
 
 
 def _model(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry]) -> dict[str, Any]:

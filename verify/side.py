@@ -122,14 +122,24 @@ class Side:
     @cached_property
     def tokenizer_bytes(self) -> bytes | None:
         """The SentencePiece file, None without one."""
+        if self.recording is not None:
+            return self.recording.tokenizer_model
         return None if self.sidecars is None else self.sidecars.tokenizer_model
 
     @cached_property
     def tokenizer(self) -> SentencePieceModel | None:
         """The tokenizer, parsed."""
-        if self.tokenizer_bytes is None or self.sidecars is None:
+        if self.tokenizer_bytes is None:
             return None
-        return parse(self.tokenizer_bytes, self.sidecars.where(TOKENIZER_MODEL))
+        where = self.path if self.sidecars is None else self.sidecars.where(TOKENIZER_MODEL)
+        return parse(self.tokenizer_bytes, where)
+
+    @property
+    def tokenizer_rebuilt(self) -> bool:
+        """Whether the tokenizer was made from another file, which keeps less."""
+        if self.recording is not None:
+            return self.recording.tokenizer_rebuilt
+        return self.sidecars is not None and TOKENIZER_MODEL in self.sidecars.origins
 
     @property
     def quantized(self) -> list[str]:
@@ -146,7 +156,8 @@ class Side:
         """The report's SIDE object; ``fingerprint`` is filled in once the weights were hashed."""
         if self.checkpoint is None:
             assert self.recording is not None
-            return {**_BLANK, "path": str(self.path), **self.recording.describe()}
+            said = {"path": str(self.path), "tokenizer": self.describe_tokenizer()}
+            return {**_BLANK, **said, **self.recording.describe()}
         c = self.checkpoint
         return {
             **_BLANK,
@@ -159,11 +170,12 @@ class Side:
             "bytes": sum(f.stat().st_size for f in c.source.files),
             "config": config_fields(c.config),
             "config_from": _origin(c),
-            "tokenizer": self._tokenizer(),
+            "tokenizer": self.describe_tokenizer(),
             "runner": None if engine is None else engine.describe(),
         }
 
-    def _tokenizer(self) -> dict[str, Any] | None:
+    def describe_tokenizer(self) -> dict[str, Any] | None:
+        """sha256 of the file and its pieces; None without one."""
         if self.tokenizer is None or self.tokenizer_bytes is None:
             return None
         digest = hashlib.sha256(self.tokenizer_bytes).hexdigest()
