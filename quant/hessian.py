@@ -114,7 +114,7 @@ class Moments:
 
     def take(self, hessian: Tensor, tokens: int) -> None:
         """A Hessian from elsewhere, of so many tokens, instead of inputs."""
-        self._given, self._tokens = hessian, tokens
+        self._given, self._tokens = hessian.to(self._sum.device), tokens
 
     def hold(self, x: Tensor, y: Tensor) -> int:
         """Keep held-out inputs, weighted alike, up to ``held_rows`` of them; says how many of these."""
@@ -133,7 +133,7 @@ class Moments:
         h = self._given
         if h is None:
             h = mirror(self._sum.div_(max(1, self._tokens)))
-        self._sum = torch.empty(0, 0)
+        self._sum = self._sum[:0, :0].clone()
         # inputs are finite, so no other element is larger than the largest of the diagonal
         if not bool(torch.isfinite(h.diagonal()).all()):
             raise NonFiniteError(

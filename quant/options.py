@@ -9,7 +9,7 @@ from ..commands import choice, path_option, together
 MEASURES = ("linear", "every", "block")
 
 
-class Listed(click.ParamType):
+class Listed(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """Names separated by commas."""
 
     name = "A,B,…"
@@ -31,7 +31,9 @@ calibration = together(
         "file of token ids; with none the model is not run and weights are rounded to nearest.",
     ),
     click.option(
-        "--samples", type=int, help="Calibration sequences.  [default: 128; 32 above 1e9 parameters on a processor]"
+        "--samples",
+        type=int,
+        help="Calibration sequences.  [default: 128; 32 above 1e9 parameters on a processor]",
     ),
     click.option(
         "--seq-len", type=int, help="Tokens of each.  [default: 512, or the model's context]"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,20 +19,22 @@ from ..formats.errors import UsageError, printable
 from ..formats.output_commit import exists_error
 from ..model import canonical
 from ..model.config import GemmaConfig
-from . import export
-from .calibration import Wanted
+from . import export, own_text
 from .choose import METHODS, Target
 from .export_targets import TARGETS
 from .ggml import block_format
 from .ggml.export import require_mix
 from .ggml.mixes import MIXES
 from .hessian import HELD_ROWS
-from .pipeline import BATCH_TOKENS, Options
+from .pipeline import Options
 from .scheme import Scheme
 from .work import work_path
 
+if TYPE_CHECKING:
+    from .known import Known
+
 GGUF = "gguf-"
-FORMATS = (*TARGETS, *(GGUF + name for name in MIXES))
+FORMATS = (*TARGETS, *(GGUF + name for name in MIXES), "gguf")  # the last with a target size only
 _SINGLE = {"torch-int8": (".ckpt", ".pt", ".pth", ".bin")}
 
 
@@ -53,18 +55,17 @@ class Goal:
         """Whether weights become ggml blocks."""
         return self.format.startswith(GGUF)
 
+    def bits(self, name: str, checkpoint: Checkpoint) -> float:
+        """Stored bits of a weight."""
+        target, (out, columns) = self.targets[name], checkpoint.tensors[name].shape
+        if isinstance(target, str):
+            return block_format(target).bits * out * columns
+        return target.bits_per_weight(columns) * out * columns
+
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
         """Stored bits per quantized weight."""
-        bits = weights = 0.0
-        for name, target in self.targets.items():
-            out, columns = checkpoint.tensors[name].shape
-            per = (
-                block_format(target).bits
-                if isinstance(target, str)
-                else target.bits_per_weight(columns)
-            )
-            bits, weights = bits + per * out * columns, weights + out * columns
-        return bits / weights
+        shapes = [checkpoint.tensors[n].shape for n in self.targets]
+        return sum(self.bits(n, checkpoint) for n in self.targets) / sum(o * c for o, c in shapes)
 
 
 def goal_of(checkpoint: Checkpoint, format: str, scheme: Scheme) -> Goal:
@@ -147,37 +148,101 @@ def keeps_states(config: GemmaConfig, rows: int, limit: int) -> bool:
 
 
 def needs(
-    checkpoint: Checkpoint, goal: Goal, wanted: Wanted, options: Options, dst: Path
+    checkpoint: Checkpoint, goal: Goal, known: Known, options: Options, dst: Path, limit: int
 ) -> dict[str, Any]:
-    """Bytes and seconds a run will take, roughly: JSON-ready."""
-    config = checkpoint.config
-    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    """Bytes and seconds a run will take, roughly: JSON-ready. ``writing_…`` is the calibration text that the model writes."""
+    config, wanted = checkpoint.config, known.wanted
+    rows = _Rows.of(known, tuned=options.recover != "none", doubled=options.method == "gptq+")
     shapes = [t.shape for t in canonical.tensors(config).values() if "layers.0." in t.name]
-    block = sum(s[0] * s[1] for s in shapes if len(s) == 2)
-    widths = (d, heads * config.head_dim, d, f)
-    rows = (wanted.samples + 2 * wanted.held) * wanted.seq_len
-    hessians = sum(w * w for w in widths) if not options.sequential else 0
-    largest = max(s[0] * s[1] for s in shapes if len(s) == 2)
-    held = options.held_rows * (max(widths) if options.sequential else sum(widths))
-    tokens = max(BATCH_TOKENS, wanted.seq_len)
-    forward = tokens * (4 * f + 8 * d + 4 * heads * wanted.seq_len)
-    states = 2 * rows * d if options.keep_states else 0
-    # the Hessian, ordered, damped, its factor, that in order and divided; of the weight: error, values, codes and grid
-    peak = 4 * (2 * block + hessians + 6 * max(widths) ** 2 + held + forward + states + 6 * largest)
-    layers, seen = config.num_hidden_layers, wanted.total * wanted.seq_len
-    passes = 3.2 if options.sequential else 2.0
-    gather = 2.0 * seen * (passes * block + sum(w * w for w in widths))
-    rounding = sum(16.0 * s[0] * s[1] ** 2 for s in shapes if len(s) == 2)
-    weights = block * layers
+    matrices = [(s[0], s[1]) for s in shapes if len(s) == 2]
+    block = sum(out * n for out, n in matrices)
+    stored = block * config.num_hidden_layers * goal.bits_per_weight(checkpoint) / 8
     dense = sum(t.nbytes for n, t in checkpoint.tensors.items() if n not in goal.targets)
     at = next(p for p in dst.absolute().parents if p.exists())
+    memory, seconds = 0, 0.0
+    if known.text is None:
+        memory, seconds = own_text.cost(checkpoint, wanted, limit)
+    flops = _flops(config, matrices, rows, known, options)
     return {
-        "output_bytes": round(dense + weights * goal.bits_per_weight(checkpoint) / 8),
-        "work_bytes": round(8 * rows * d + weights * goal.bits_per_weight(checkpoint) / 8),
+        "output_bytes": round(dense + stored),
+        "work_bytes": round(8 * rows.states * config.hidden_size + stored),
         "free_bytes": shutil.disk_usage(at).free,
-        "peak_bytes": peak + (300 << 20),
-        "seconds": round(layers * (gather + rounding) / _speed()),
+        "peak_bytes": max(memory, _peak(config, matrices, rows, known, options)) + (350 << 20),
+        "seconds": round(config.num_hidden_layers * flops / _speed()),
+        "writing_bytes": memory,
+        "writing_seconds": round(seconds),
     }
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Tokens.
+
+    Attributes:
+        seen: that go through a block.
+        train: that Hessians are gathered from.
+        states: whose hidden states are kept.
+        longest: of a sequence.
+    """
+
+    seen: int
+    train: int
+    states: int
+    longest: int
+
+    @classmethod
+    def of(cls, known: Known, *, tuned: bool, doubled: bool) -> _Rows:
+        if known.direct:
+            return cls(0, 0, 0, 0)
+        w, text = known.wanted, known.text
+        train = w.samples * w.seq_len if text is None else text.tokens
+        held = w.held * w.seq_len if text is None else text.held_tokens
+        longest = w.seq_len if text is None else max(map(len, (*text.train, *text.held)))
+        copies = 2 if tuned or doubled else 1
+        return cls(train + held, train, copies * train + 2 * held, longest)
+
+
+def _peak(
+    config: GemmaConfig, matrices: list[tuple[int, int]], rows: _Rows, known: Known, options: Options
+) -> int:  # fmt: skip
+    """Bytes: two copies of a block; the Hessian and its factor; of the weight: error, values, codes, products and grid."""
+    block, largest = sum(o * n for o, n in matrices), max(o * n for o, n in matrices)
+    if known.direct:
+        return 4 * 5 * largest
+    widths = {n for _, n in matrices}
+    wide = max(widths)
+    all_at_once = 0 if options.sequential else sum(n * n for n in widths)
+    factors = 1 if options.method == "rtn" else 2
+    plus = 3 * wide * wide if options.method == "gptq+" else 0
+    held = options.held_rows * (wide if options.sequential else sum(widths))
+    tokens = max(options.batch_tokens, rows.longest)
+    forward = tokens * (
+        3 * config.intermediate_size + 8 * config.hidden_size + 3 * config.num_attention_heads * rows.longest
+    )  # fmt: skip
+    states = 2 * rows.states * config.hidden_size if options.keep_states else 0
+    working = max(factors * wide * wide + plus + 5 * largest, forward + wide * wide)
+    return 4 * (2 * block + block // 4 + all_at_once + working + held + states)
+
+
+def _flops(
+    config: GemmaConfig, matrices: list[tuple[int, int]], rows: _Rows, known: Known, options: Options
+) -> float:  # fmt: skip
+    """Floating-point operations of a block, everything in terms of matrix products."""
+    block = sum(o * n for o, n in matrices)
+    # the search goes over every weight about 600 times, at a tenth of the speed of a product
+    search = 6000.0 * block
+    if known.direct:
+        return search
+    passes = 3.2 if options.sequential else 2.0
+    forward = 2.0 * block * (passes * rows.seen + rows.states - rows.seen)
+    hessians = sum(1.2 * rows.train * n * n for n in {n for _, n in matrices})
+    rounding = 0.0 if options.method == "rtn" else sum(25.0 * o * n * n for o, n in matrices)
+    tuning = 0.0
+    if options.recover != "none":
+        # forwards, again with gradients, and two products backwards
+        steps = options.blockwise.steps + options.end_to_end.steps
+        tuning = 8.0 * block * options.end_to_end.tokens * steps
+    return search + forward + hessians + (2 if options.method == "gptq+" else 1) * rounding + tuning
 
 
 def _speed() -> float:

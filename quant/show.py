@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from ..convert.show import table
 from ..formats.errors import printable
 from ..terminal import seconds, size
+from . import show_layers
 
 Report = dict[str, Any]
 
@@ -28,7 +30,9 @@ def plan(r: Report) -> str:
         ("weights", f"{_targets(r)}; {r['bits_per_weight']:.3f} bits per weight"),
         (
             "calibration",
-            f"{c['sequences']} sequences of {c['seq_len']} tokens, {c['held_out_sequences']} more held out",
+            f"{c['sequences']} sequences of {c['seq_len']} tokens, {c['held_out_sequences']} more held out"
+            if c["sequences"]
+            else printable(c["source"]),
         ),
         ("size", f"about {size(need['output_bytes'])}"),
         (
@@ -36,36 +40,81 @@ def plan(r: Report) -> str:
             f"{size(need['work_bytes'])} more while it runs; {size(need['free_bytes'])} are free",
         ),
         ("memory", f"about {size(need['peak_bytes'])}"),
-        ("time", f"about {seconds(need['seconds'])}, and what the calibration takes to be written"),
+        ("time", f"about {seconds(need['seconds'])}"),
     ]
-    return "plan, nothing is written\n" + table(rows)
+    if need["writing_seconds"]:
+        rows.append((
+            "text",
+            f"about {seconds(need['writing_seconds'])} more for the model to write its calibration text, in "
+            f"{size(need['writing_bytes'])}; less with fewer --samples, a smaller --seq-len or a text of yours",
+        ))  # fmt: skip
+    return "plan, nothing is written\n" + table(rows) + _allocation(r)
 
 
 def result(r: Report) -> str:
-    """What was done, and what it cost."""
-    out, q = r["output"], r["quality"]
+    """What was done, and what it cost; of a run, or of a report that may lack what was not measured."""
+    out, took = r["output"], (r.get("run") or {}).get("seconds")
     methods = Counter(x["method"] for x in r["linears"].values())
     rows = [
         ("written", f"{printable(out['path'])}, {r['format']}, {size(out['bytes'])}"),
         ("weights", f"{_targets(r)}; {r['bits_per_weight']:.3f} bits per weight"),
-        ("methods", ", ".join(f"{n} x {m}" for m, n in methods.items())),
-        (
-            "calibration",
-            f"{r['calibration']['tokens']} tokens from {printable(r['calibration']['source'])}",
-        ),
-        ("KL", _with_interval(q["kl"], q["kl_interval"])),
-        ("same first choice", _share(q["top1_agreement"])),
-        (
-            "perplexity",
-            f"{_number(q['perplexity'])}, the original's {_number(q['perplexity_original'])}",
-        ),
+        ("methods", ", ".join(f"{n} x {printable(m)}" for m, n in methods.items())),
+        ("calibration", _calibration(r["calibration"])),
+        *_quality(r["quality"]),
         ("loses most", _worst(r["linears"])),
-        ("fingerprint", out["fingerprint"]),
-        ("time", seconds(r["timing"]["total"])),
+        ("fingerprint", out.get("fingerprint")),
+        ("time", None if took is None else seconds(took)),
     ]
-    if r["resumed_blocks"]:
+    if r.get("recovery"):
+        was = r["recovery"]["kl_before"]
+        rows.insert(5, ("recovered", f"scales and norms tuned together; KL was {_number(was)}"))
+    if r.get("resumed_blocks"):
         rows.append(("continued", f"{r['resumed_blocks']} blocks were done"))
+    return table([(name, value) for name, value in rows if value is not None]) + _allocation(r)
+
+
+def _allocation(r: Report) -> str:
+    """What a target size made of every weight, where there was one."""
+    found = r.get("allocation")
+    return f"\n\n{show_layers.allocation(found)}" if found else ""
+
+
+def _calibration(c: Report | None) -> str:
+    if c is None:
+        return "none"
+    source = printable(c["source"])
+    return f"{c['tokens']} tokens from {source}" if c["tokens"] else source
+
+
+def _quality(q: Report | None) -> list[tuple[str, str]]:
+    if q is None or q["kl"] is None:
+        return [("KL", "not measured")]
+    pair = f"{_number(q['perplexity'])}, the original's {_number(q['perplexity_original'])}"
+    return [
+        ("KL", _with_interval(q["kl"], q.get("kl_interval"))),
+        ("same first choice", _share(q["top1_agreement"])),
+        ("perplexity", pair),
+    ]
+
+
+def compared(reports: Sequence[Report], names: Sequence[str]) -> str:
+    """Several runs: a line each, by size."""
+    rows = []
+    for name, r in sorted(zip(names, reports, strict=True), key=lambda x: _weights(x[1])):
+        q = r["quality"] or {}
+        kl = _with_interval(q.get("kl"), q.get("kl_interval"))
+        rows.append(
+            (
+                printable(name),
+                f"{size(_weights(r))}, KL {kl}, {_share(q.get('top1_agreement'))} the same",
+            )
+        )
     return table(rows)
+
+
+def _weights(r: Report) -> int:
+    """Bytes of files of weights."""
+    return int(r["size"].get("weights_after") or r["size"]["files_after"])
 
 
 def exported(r: Report) -> str:
@@ -98,6 +147,20 @@ def _with_interval(x: float | None, ends: list[float] | None) -> str:
     return _number(x) + (f" ({_number(ends[0])} to {_number(ends[1])})" if ends else "")
 
 
-def _worst(linears: dict[str, Any]) -> str:
-    name = max(linears, key=lambda n: linears[n]["error"])
-    return f"{name}, {linears[name]['error'] ** 0.5:.1%} of its output"
+def _worst(linears: dict[str, Any]) -> str | None:
+    known = {n: x["error"] for n, x in linears.items() if x["error"] is not None}
+    if not known:
+        return None
+    name = max(known, key=lambda n: float(known[n]))
+    return f"{printable(name)}, {known[name] ** 0.5:.1%} of its output"
+
+
+def gathered(r: Report) -> str:
+    """``g2quant moments``."""
+    rows = [
+        ("written", printable(r["path"])),
+        ("shard", f"{r['shard']} of {r['of']}"),
+        ("tokens", f"{r['tokens']} from {printable(r['calibration']['source'])}"),
+        ("of", r["source_fingerprint"]),
+    ]
+    return table(rows)

@@ -85,7 +85,7 @@ def encode(
     unit = row_unit(w)
     scaled = w / unit
     h = hessian.diagonal() if hessian is not None else importance
-    fields = _search(scaled, f, _positive(h, w.shape[1]), unit)
+    fields = _search(scaled, f, _positive(h, w), unit)
     if hessian is not None and factor is not None:
         fields = hessian_rounding.round_into(scaled, fields, factor)
         hessian = hessian.float()
@@ -121,14 +121,14 @@ def _search(w: Tensor, f: BlockFormat, h: Tensor, unit: Tensor) -> Fields:
     return Fields(f, codes, d, join(lambda p: p.sc), join(lambda p: p.dmin), join(lambda p: p.m))
 
 
-def _positive(h: Tensor | None, n: int) -> Tensor:
+def _positive(h: Tensor | None, w: Tensor) -> Tensor:
     """Mean 1, and nowhere nothing: a column that was never used still has a nearest value."""
     if h is None:
-        return torch.ones(n)
+        return torch.ones(w.shape[1], device=w.device)
     h = h.double()
     mean = float(h.mean())
     if mean <= 0:
-        return torch.ones(n)
+        return torch.ones(w.shape[1], device=w.device)
     return (h / mean).clamp_min(1e-6).float()
 
 

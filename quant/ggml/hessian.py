@@ -28,7 +28,7 @@ class BlockGrid:
         self.step = fields.step.t().to(dtype).contiguous()
         self.inverse = inverse(self.step)
         self.offset = None if fields.offset is None else fields.offset.t().to(dtype).contiguous()
-        self.levels = self.format.levels.to(dtype)
+        self.levels = self.format.levels.to(self.step)
 
     def nearest(self, column: int, target: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`..columns.Grid`."""

@@ -64,8 +64,8 @@ class BlockFormat:
     def levels(self) -> Tensor:
         """Level of every code, float32."""
         if self.table is not None:
-            return torch.tensor(self.table, dtype=torch.float32)
-        return torch.arange(self.first, self.high + 1, dtype=torch.float32)
+            return torch.tensor(self.table, dtype=torch.float32, device="cpu")
+        return torch.arange(self.first, self.high + 1, dtype=torch.float32, device="cpu")
 
     @property
     def limit(self) -> float:
@@ -80,7 +80,7 @@ class BlockFormat:
 
         Halfway points between levels are multiples of one half, so the floor of ``2 u`` decides.
         """
-        halves = torch.arange(-256, 256, dtype=torch.float32) / 2
+        halves = torch.arange(-256, 256, dtype=torch.float32, device="cpu") / 2
         middles = (self.levels[1:] + self.levels[:-1]) / 2
         return torch.bucketize(halves, middles, right=True).to(torch.uint8)
 
@@ -108,13 +108,13 @@ class BlockFormat:
     def code_of(self, u: Tensor) -> Tensor:
         """Code whose level is nearest to ``u``, weights in units of the step; uint8."""
         if self.table is not None:
-            return self.nearest_code.index_select(0, _half_units(u)).view(u.shape)
+            return self.nearest_code.to(u.device).index_select(0, _half_units(u)).view(u.shape)
         return (torch.round(u).clamp_(self.low, self.high) - self.first).to(torch.uint8)
 
     def level_of(self, u: Tensor) -> Tensor:
         """The level nearest to ``u``."""
         if self.table is not None:
-            return self.nearest_level.to(u.dtype).index_select(0, _half_units(u)).view(u.shape)
+            return self.nearest_level.to(u).index_select(0, _half_units(u)).view(u.shape)
         return torch.round(u).clamp_(self.low, self.high)
 
 
@@ -188,7 +188,8 @@ class Fields:
         if self.format.table is None:
             grouped = self.codes.view(out, -1, width).float()
             return grouped + self.format.first if self.format.first else grouped
-        return self.format.levels[self.codes.long()].view(out, -1, width)
+        levels = self.format.levels.to(self.codes.device)
+        return levels[self.codes.long()].view(out, -1, width)
 
     def dequantize(self) -> Tensor:
         """float32 ``[out_features, in_features]``, the bits that gguf's and llama.cpp's decoders give."""
