@@ -209,7 +209,9 @@ def run_lockstep(
             run.whole(tokens, real)
         goals = np.concatenate([targets(p) for p in members])
         if walk and tables is not None:
-            stats = from_hidden(ref, cand, final, tables, goals, block_rows, scratch, device)
+            states = np.concatenate(final[0]), np.concatenate(final[1])
+            configs = ref.config, cand.config
+            stats = from_hidden(states, tables, configs, goals, block_rows, scratch, device)
         else:
             stats = from_tiles(ref, cand, real, goals, block_rows, scratch, device)
         records += _split(members, stats)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..model.config import GemmaConfig
 from ..model.logits_stats import Stats
 from .runners.base import Runner, Table
 
@@ -18,47 +19,56 @@ BLOCK_ROWS = 4096
 def tables_of(ref: Runner, cand: Runner) -> tuple[Table, Table] | None:
     """Both unembeddings in one dtype; None where a runner keeps its own to itself."""
     one, two = ref.table(), cand.table()
-    if one is None or two is None:
-        return None
-    dtypes = [next(iter(t()))[2].dtype for t in (one, two)]
-    # the same values in two dtypes are one table, which statistics can only see in one dtype
-    return (one, two) if dtypes[0] == dtypes[1] else (_widened(one), _widened(two))
+    return None if one is None or two is None else alike((one, two))
+
+
+def alike(tables: tuple[Table, Table]) -> tuple[Table, Table]:
+    """Both in one dtype: the same values in two dtypes are one table, which statistics can only see in one dtype."""
+    dtypes = [next(iter(t()))[2].dtype for t in tables]
+    return tables if dtypes[0] == dtypes[1] else (_widened(tables[0]), _widened(tables[1]))
 
 
 def _widened(table: Table) -> Table:
-    def tiles() -> Iterator[tuple[int, int, Array]]:
+    def blocks() -> Iterator[tuple[int, int, Array]]:
         for start, stop, rows in table():
             yield start, stop, rows.astype(np.promote_types(rows.dtype, np.float32), copy=False)
 
-    return tiles
+    return blocks
 
 
 def from_hidden(
-    ref: Runner,
-    cand: Runner,
-    final: tuple[list[Array], list[Array]],
+    states: tuple[Array, Array],
     tables: tuple[Table, Table],
+    configs: tuple[GemmaConfig, GemmaConfig],
     goals: Array,
     block_rows: int,
     scratch: int,
     device: str,
 ) -> Stats:
-    """From the final hidden states, per sequence, and the tables; positions in the order of the sequences."""
+    """Statistics from both sides' final hidden states.
+
+    Args:
+        states: ``[positions, hidden]`` of either.
+        tables: unembeddings, in one dtype; see :func:`alike`.
+        configs: of the models; the reference's gives the vocabulary, each its soft-cap.
+        goals: the id that follows every position; -1 for none.
+        block_rows: rows of a table at a time.
+        scratch: bytes of logits at a time.
+        device: torch's name of where it is computed.
+    """
     import torch
 
     from ..model.logits import compare
     from .runners.torch_runner import exact_products, torch_device
 
     place = torch_device(device)
-    states = [torch.from_numpy(np.concatenate(side)).to(place) for side in final]
-    wide = torch.promote_types(states[0].dtype, states[1].dtype)
+    one, two = (torch.from_numpy(np.require(s, requirements="W")).to(place) for s in states)
+    wide = torch.promote_types(one.dtype, two.dtype)
     with exact_products():
         return compare(
-            states[0].to(wide), states[1].to(wide), *tables,
-            cap=ref.config.final_logit_softcapping,
-            cand_cap=cand.config.final_logit_softcapping,
-            targets=goals, vocab=ref.config.vocab_size,
-            scratch=scratch, block_rows=block_rows,
+            one.to(wide), two.to(wide), *tables,
+            cap=configs[0].final_logit_softcapping, cand_cap=configs[1].final_logit_softcapping,
+            targets=goals, vocab=configs[0].vocab_size, scratch=scratch, block_rows=block_rows,
         )  # fmt: skip
 
 

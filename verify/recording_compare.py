@@ -18,13 +18,12 @@ from . import recording_schema as schema
 from .batches import BATCH_TOKENS, padded, plan_batches, targets
 from .block_errors import EMBEDDING, Trace, position_errors
 from .lockstep import BLOCK_ROWS, SCRATCH, LockstepResult, NonFinite, merge_results
+from .lockstep_logits import alike, from_hidden
 from .recording_bound import Largest, lower_bound
-from .recording_consistency import Persistence
 from .recording_read import Recording
 from .recording_stats import (
     check_model,
     estimated,
-    from_hidden,
     is_rounded,
     largest_of,
     logits_of,
@@ -144,18 +143,15 @@ class _Against:
 
     def _blocks(self, batch: Sequence[int], first: Array, real: Array) -> None:
         seen: set[str] = set()
-        through = [Persistence(self.recording, i) for i in batch]
         for layer in range(EMBEDDING, self.cand.config.num_hidden_layers):
             x = first if layer == EMBEDDING else self.cand.advance()
             for row, i in enumerate(batch):
                 states = x[row][real[row]]
-                norms = self.recording.array("norm", i)[:, layer + 1]
                 errors = estimated(
                     self.recording.array("projection", i)[:, layer + 1],
-                    norms,
+                    self.recording.array("norm", i)[:, layer + 1],
                     projected(states, self.matrix, self.recording.sizes.wide),
                 )
-                through[row].add(layer, errors, norms)
                 self._note(i, layer, errors, states, seen)
             if layer != EMBEDDING:
                 self.progress(int(real.sum()), f"block {layer}")
@@ -185,10 +181,10 @@ class _Against:
             stats = self._from_tiles(hidden, real, goals)
         else:
             stats = from_hidden(
-                (hidden, self.final[real]), (self.head.table, self.own),
+                (hidden, self.final[real]), alike((self.head.table, self.own)),
                 (r.config, self.cand.config), goals, self.block_rows, self.scratch, self.device,
             )  # fmt: skip
-        self.head.check_stats(batch, hidden, stats)
+        self.head.check_lse(batch, hidden, stats.lse_ref, stats.finite)
         return stats
 
     def _from_tiles(self, hidden: Array, real: Array, goals: Array) -> Stats:

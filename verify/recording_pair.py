@@ -13,13 +13,12 @@ from . import recording_schema as schema
 from .batches import BATCH_TOKENS, plan_batches, targets
 from .block_errors import EMBEDDING, Trace, position_errors
 from .lockstep import BLOCK_ROWS, SCRATCH, LockstepResult, merge_results
+from .lockstep_logits import alike, from_hidden
 from .recording_bound import lower_bound, matched
-from .recording_consistency import Persistence
 from .recording_read import Recording, require_same_probes
 from .recording_stats import (
     check_model,
     estimated,
-    from_hidden,
     is_rounded,
     largest_of,
     records_of,
@@ -121,9 +120,6 @@ def _recorded_traces(ref: Recording, cand: Recording, i: int) -> list[Trace]:
         for layer in range(EMBEDDING, ref.config.num_hidden_layers)
     }
     errors[ref.config.num_hidden_layers] = last
-    through = Persistence(ref, i)
-    for layer in range(EMBEDDING, ref.config.num_hidden_layers):
-        through.add(layer, errors[layer], norms[:, layer + 1])
     return [Trace.of(probe, layer, "accumulated", e, window) for layer, e in errors.items()]
 
 
@@ -143,9 +139,9 @@ def _recorded_stats(
         return lower_bound(one, two, matched(one.ids, two), goals, rounded=rounded)
     a, b = (np.concatenate([r.array("final_hidden", i) for i in batch]) for r in (ref, cand))
     stats = from_hidden(
-        (a, b), (heads[0].table, heads[1].table), (ref.config, cand.config), goals,
+        (a, b), alike((heads[0].table, heads[1].table)), (ref.config, cand.config), goals,
         block_rows, scratch, device,
     )  # fmt: skip
-    heads[0].check_stats(batch, a, stats)
+    heads[0].check_lse(batch, a, stats.lse_ref, stats.finite)
     heads[1].check_lse(batch, b, stats.lse_cand, stats.finite)
     return stats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from .lockstep import LockstepResult, NonFinite, layer_kinds
 from .recording_bound import Largest
 from .recording_read import Recording
 from .recording_tables import Head, as_tensor
-from .runners.base import Runner, Table
+from .runners.base import Runner
 
 if TYPE_CHECKING:
     import torch
@@ -100,46 +100,6 @@ def largest_of(recording: Recording, batch: Sequence[int]) -> Largest:
         np.concatenate([recording.array(n, i) for i in batch]) for n in names
     )
     return Largest(lse, ids.astype(np.int64), logits, following, np.ones(len(lse), bool))
-
-
-def from_hidden(
-    states: tuple[Array, Array],
-    tables: tuple[Table, Table],
-    configs: tuple[GemmaConfig, GemmaConfig],
-    goals: Array,
-    block_rows: int,
-    scratch: int,
-    device: str,
-) -> Stats:
-    """Statistics from both sides' final hidden states, tables and configs."""
-    import torch
-
-    from ..model.logits import compare
-    from .runners.torch_runner import exact_products, torch_device
-
-    place = torch_device(device)
-    one, two = (torch.from_numpy(np.array(s)).to(place) for s in states)
-    wide = torch.promote_types(one.dtype, two.dtype)
-    with exact_products():
-        return compare(
-            one.to(wide), two.to(wide), *_alike(tables),
-            cap=configs[0].final_logit_softcapping, cand_cap=configs[1].final_logit_softcapping,
-            targets=goals, vocab=configs[0].vocab_size, scratch=scratch, block_rows=block_rows,
-        )  # fmt: skip
-
-
-def _alike(tables: tuple[Table, Table]) -> tuple[Table, Table]:
-    """Both in one dtype, in which equal rows are seen to be equal."""
-    dtypes = [next(iter(t()))[2].dtype for t in tables]
-    return tables if dtypes[0] == dtypes[1] else (_widened(tables[0]), _widened(tables[1]))
-
-
-def _widened(table: Table) -> Table:
-    def blocks() -> Iterator[tuple[int, int, Array]]:
-        for start, stop, rows in table():
-            yield start, stop, rows.astype(np.promote_types(rows.dtype, np.float32), copy=False)
-
-    return blocks
 
 
 def logits_of(hidden: Array, head: Head, device: str) -> Array:
