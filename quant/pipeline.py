@@ -3,7 +3,8 @@
 One block is in memory. Its inputs come from the blocks before it as they were rounded, so later blocks make up for earlier
 ones' errors. Within a block the stages (q k v, o, gate up, down) are rounded in order, each on what the ones before give
 now. Held-out sequences run along twice, rounded and original: they choose between methods, and give the error behind every
-block and the divergence at the end.
+block and the divergence at the end. With a recovery the calibration sequences run along twice too: scales and gains of every
+rounded block are tuned to the original's output (:mod:`.recover`), and at the end all blocks together (:mod:`.finish`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +23,20 @@ from ..formats.errors import NonFiniteError
 from ..model import canonical
 from ..model import torch_gemma as tg
 from ..model.config import GemmaConfig
-from ..model.logits import compare
-from ..model.logits_stats import Record
-from ..model.logits_summary import Summary, summarise
 from .calibration import Calibration, Ids
 from .choose import Choice, Inputs, Rounded, Target, choose, inputs_of
+from .finish import Finish
 from .hessian import HELD_ROWS, STAGES, Collector, Stage
+from .judge import Judge
+from .mismatch import Beside
+from .recover import BLOCKWISE, END_TO_END, Pair, Tuning, tune_block, watched
+from .states import States
+from .tunable import Block, Gain, Shifts
 from .weights import Weights
-from .work import States, Work
+from .work import Work
+
+if TYPE_CHECKING:
+    from .moments import Merged
 
 BATCH_TOKENS = 2048
 
@@ -52,6 +59,12 @@ class Options:
         keep_states: hold hidden states in memory; they lie on disk either way.
         batch_tokens: tokens at a time.
         held_rows: held-out inputs kept per stage.
+        recover: of :data:`.recover.RECOVERIES`.
+        blockwise: how each block is tuned.
+        end_to_end: how all blocks are.
+        memory: bytes that the end-to-end stage may keep blocks in.
+        device: where blocks run and weights are rounded; hidden states stay in memory or on disk.
+        merged: moments gathered before, in place of calibration sequences.
     """
 
     method: str = "gptq"
@@ -59,6 +72,16 @@ class Options:
     keep_states: bool = True
     batch_tokens: int = BATCH_TOKENS
     held_rows: int = HELD_ROWS
+    recover: str = "none"
+    blockwise: Tuning = BLOCKWISE
+    end_to_end: Tuning = END_TO_END
+    memory: int = 1 << 30
+    device: str = "cpu"
+    merged: Merged | None = None
+
+    def described(self) -> list[str]:
+        """For the manifest."""
+        return [f"method: {self.method}{', stage after stage' if self.sequential else ''}"]
 
 
 @dataclass(frozen=True)
@@ -115,13 +138,28 @@ class Pipeline:
         self.checkpoint, self.targets, self.work = checkpoint, targets, work
         self.calibration, self.options = calibration, options
         self.config: GemmaConfig = checkpoint.config
-        self._weights = Weights(checkpoint)
+        self._weights = Weights(checkpoint, device=options.device)
         n = calibration.tokens
         self._train = batches(calibration.train, 0, options.batch_tokens)
-        self._held = batches(calibration.held, n, options.batch_tokens)
+        # the first half of the held-out sequences chooses, the second measures; one alone does both
+        held = [*calibration.held[::2], *calibration.held[1::2]]
+        half = (len(held) + 1) // 2
+        self.judge = Judge(checkpoint, held, half % len(held))
+        chooses = batches(held[:half], n, options.batch_tokens)
+        self._choosing = len(chooses)
+        self._held = [*chooses, *batches(held[half:], chooses[-1].stop, options.batch_tokens)]
         self._held_tokens = calibration.held_tokens
-        # rows: train, held as the rounded blocks give them, held as the original blocks do
-        self._rows = n + 2 * self._held_tokens
+        # rows: train, held as the rounded blocks give them, held and train as the original blocks do
+        self._doubled = options.recover != "none" or options.method == "gptq+"
+        self._rows = n + 2 * self._held_tokens + (n if self._doubled else 0)
+        step = min(options.blockwise.tokens, max(1, n // 8))
+        self.tuned = batches(calibration.train, 0, step)
+
+    @property
+    def tuning_bytes(self) -> int:
+        """What the meter is told of tuning all blocks together: as much as of all weights."""
+        shapes = [self.checkpoint.tensors[n].shape for n in self.targets]
+        return sum(4 * s[0] * s[1] for s in shapes) if self.options.recover != "none" else 0
 
     @torch.no_grad()
     def run(self, meter: Meter) -> dict[str, Any]:
@@ -137,14 +175,16 @@ class Pipeline:
             states = self._begin(stack)
             for layer in range(len(self.work.layers), self.config.num_hidden_layers):
                 states = self._layer(layer, states, stack, meter)
-            summary = self._evaluate(states)
+            before = self.judge.quality(self._pairs(states))
+            finish = self._finish(states, meter) if self.options.recover != "none" else None
         lines = [self.work.layers[i] for i in range(self.config.num_hidden_layers)]
         records = {n: r for line in lines for n, r in line["linears"].items()}
-        return {
+        report = {
             "linears": {n: records[n] for n in self.targets},
             "blocks": [{"layer": i, **line["block"]} for i, line in enumerate(lines)],
-            "quality": quality(summary),
+            "quality": before,
         }
+        return report if finish is None else finish.report(report)
 
     # ---- hidden states
 
@@ -162,7 +202,8 @@ class Pipeline:
             return self._states(done, stack, create=False)
         states = self._states(0, stack, create=True)
         row = 0
-        for ids in (*self.calibration.train, *self.calibration.held, *self.calibration.held):
+        train, held = self.calibration.train, self.judge.held
+        for ids in (*train, *held, *held, *(train if self._doubled else ())):
             states.write(row, self._weights.embed(torch.from_numpy(ids)))
             row += len(ids)
         return states
@@ -170,13 +211,13 @@ class Pipeline:
     def _inputs(self, states: States, parts: Sequence[Batch], shift: int = 0) -> Iterator[Tensor]:
         for b in parts:
             rows = states.read(b.start + shift, b.stop + shift)
-            yield rows.view(b.count, b.length, self.config.hidden_size)
+            yield rows.view(b.count, b.length, self.config.hidden_size).to(self.options.device)
 
     def _forward(
         self, layer: int, weights: Mapping[str, Tensor], linear: tg.Linear = tg.plain_linear
     ) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
             return tg.block(x, weights, layer, self.config, positions, linear=linear)[0]
 
         return run
@@ -189,24 +230,37 @@ class Pipeline:
         now = dict(original)
         values: dict[str, Rounded] = {}
         records: dict[str, Any] = {}
+        squares: dict[str, Tensor] = {}
         took = {"gather": 0.0, "round": 0.0, "forward": 0.0}
         for group in self._groups(layer):
             at = time.monotonic()
-            collector = self._gather(layer, group, now, states)
+            collector = self._gather(layer, group, original, now, states)
+            squares |= {n: m.mean_squares() for m in collector.moments for n in m.names}
             took["gather"] += time.monotonic() - at
             for name, choice in self._round(collector, original):
                 now[name] = choice.value.dequantize()
-                values[name], records[name] = choice.value, choice.record
+                values[name] = choice.value
+                records[name] = choice.record | {"seconds": round(choice.seconds, 4)}
                 took["round"] += choice.seconds
                 meter(original[name].numel() * 4, name)
         at = time.monotonic()
         after = self._states(layer + 1, stack, create=True)
-        self._advance(layer, states, after, original, now)
+        self._advance(layer, states, after, original, self._held, self._held_tokens)
+        gains: dict[str, Tensor] = {}
+        told: dict[str, Any] = {}
+        if self._doubled:
+            self._advance(layer, states, after, original, self._train, self._original)
+        took["forward"], at = time.monotonic() - at, time.monotonic()
+        if self.options.recover != "none":
+            values, gains, told = self._tune(layer, states, after, original, values)
+            now |= {n: v.dequantize() for n, v in values.items()} | gains
+            took["tune"], at = time.monotonic() - at, time.monotonic()
+        self._advance(layer, states, after, now, [*self._train, *self._held], 0)
         after.sync()
-        took["forward"] = time.monotonic() - at
+        took["forward"] += time.monotonic() - at
         took["all"] = time.monotonic() - began
-        block = {"error": self._error(after), "seconds": took}
-        self.work.finish_layer(layer, values, {"linears": records, "block": block})
+        block = {"error": self.judge.error(self._pairs(after)), **told, "seconds": took}
+        self.work.finish_layer(layer, values, {"linears": records, "block": block}, gains, squares)
         states.close()
         return after
 
@@ -218,22 +272,38 @@ class Pipeline:
         return [wanted] if wanted else []
 
     def _gather(
-        self, layer: int, group: Sequence[Stage], now: dict[str, Tensor], states: States
-    ) -> Collector:
+        self, layer: int, group: Sequence[Stage], original: Mapping[str, Tensor],
+        now: dict[str, Tensor], states: States,
+    ) -> Collector:  # fmt: skip
         collector = Collector(group, layer, self.config, now, self.options.held_rows)
         run = self._forward(layer, now, collector)
-        collector.watch(run, self._inputs(states, self._train), holding=False)
-        collector.watch(run, self._inputs(states, self._held), holding=True)
+        if self.options.method == "gptq+":
+            collector.beside = Beside(lambda x, f: self._forward(layer, original, f)(x), collector)
+        passes = (
+            (self._train, False, self._original),
+            (self._held[: self._choosing], True, self._held_tokens),
+        )
+        for parts, holding, move in passes:
+            if collector.beside is not None:
+                collector.beside.follow(self._inputs(states, parts, move))
+            collector.watch(run, self._inputs(states, parts), holding=holding)
+        if self.options.merged is not None:
+            self.options.merged.fill(layer, collector)
         return collector
 
     def _round(
         self, collector: Collector, original: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Choice]]:
+        beside = collector.beside
         while collector.moments:
             moments = collector.moments.pop(0)
             held, hessian = moments.held(), moments.hessian()
             factored = self.options.method != "rtn"
-            inputs: Inputs = inputs_of(hessian, held, moments.tokens, factored=factored)
+            cross = None if beside is None else beside.cross(moments.names[0], moments.tokens)
+            wanted = None if beside is None else beside.held(moments.names[0])
+            inputs: Inputs = inputs_of(
+                hessian, held, moments.tokens, factored=factored, cross=cross, original=wanted
+            )
             for name in moments.names:
                 if name in self.targets:
                     yield (
@@ -241,75 +311,68 @@ class Pipeline:
                         choose(original[name], self.targets[name], inputs, self.options.method),
                     )
 
+    @property
+    def _original(self) -> int:
+        """From a calibration sequence's rows to those of the original blocks."""
+        return self.calibration.tokens + 2 * self._held_tokens
+
     def _advance(
-        self, layer: int, states: States, after: States,
-        original: Mapping[str, Tensor], now: Mapping[str, Tensor],
+        self, layer: int, states: States, after: States, weights: Mapping[str, Tensor],
+        parts: Sequence[Batch], move: int,
     ) -> None:  # fmt: skip
-        shift = self._held_tokens
-        passes = ((now, [*self._train, *self._held], 0), (original, self._held, shift))
-        for weights, parts, move in passes:
-            run = self._forward(layer, weights)
-            for b, x in zip(parts, self._inputs(states, parts, move), strict=True):
-                y = run(x)
-                if not bool(torch.isfinite(y).all()):
-                    raise NonFiniteError(
-                        "the block's output is NaN or infinite on calibration text.",
-                        tensor=canonical.DOWN.format(i=layer),
-                        fix="check the model with `g2verify compare`; nothing was written.",
-                    )
-                after.write(b.start + move, y)
+        run = self._forward(layer, weights)
+        for b, x in zip(parts, self._inputs(states, parts, move), strict=True):
+            y = run(x)
+            if not bool(torch.isfinite(y).all()):
+                raise NonFiniteError(
+                    "the block's output is NaN or infinite on calibration text.",
+                    tensor=canonical.DOWN.format(i=layer),
+                    fix="check the model with `g2verify compare`; nothing was written.",
+                )
+            after.write(b.start + move, y)
+
+    def _tune(
+        self, layer: int, states: States, after: States, original: Mapping[str, Tensor],
+        values: dict[str, Rounded],
+    ) -> tuple[dict[str, Rounded], dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+        """The block's weights and gains, tuned to the original's output; what to report."""
+        block = Block(values, self.gains(layer, original))
+
+        def run(x: Tensor, shifts: Shifts) -> Tensor:
+            weights = {**original, **block.norms(shifts)}
+            return self._forward(layer, weights, block.linear(shifts))(x)
+
+        def pairs(i: int) -> Pair:
+            b, shape = self.tuned[i], (self.tuned[i].count, self.tuned[i].length, -1)
+            rows = (
+                states.read(b.start, b.stop),
+                after.read(b.start + self._original, b.stop + self._original),
+            )
+            x, y = (r.view(shape).to(self.options.device) for r in rows)
+            return x, y
+
+        watch = watched(len(self.tuned))
+        train = [i for i in range(len(self.tuned)) if i not in watch]
+        shifts, told = tune_block(
+            block, run, pairs, train, sorted(watch), self.options.blockwise, layer=layer
+        )
+        return *block.result(shifts), {"tuned": told}
+
+    def gains(self, layer: int, weights: Mapping[str, Tensor]) -> dict[str, Gain]:
+        """A block's norms with these weights, as parameters."""
+        tensors = self.checkpoint.tensors
+        names = canonical.layer_names(self.config, layer)
+        return {
+            n: Gain(weights[n], tensors[n].dtype.name) for n in names if len(tensors[n].shape) == 1
+        }
 
     def _pairs(self, states: States) -> Iterator[tuple[Tensor, Tensor]]:
-        """Held-out sequences: states of the original, states of the rounded model ``[length, width]``."""
-        row = self.calibration.tokens
-        for ids in self.calibration.held:
-            rounded = states.read(row, row + len(ids))
-            at = row + self._held_tokens
-            yield states.read(at, at + len(ids)), rounded
-            row += len(ids)
+        return self.judge.pairs(states, self.calibration.tokens)
 
-    def _error(self, states: States) -> float:
-        """Root mean square over held-out tokens of the states' relative difference."""
-        total = 0.0
-        for ref, rounded in self._pairs(states):
-            power = ref.double().square().sum(1).clamp_min(1e-30)
-            total += float(((rounded - ref).double().square().sum(1) / power).sum())
-        return float((total / max(1, self._held_tokens)) ** 0.5)
+    def _finish(self, states: States, meter: Meter) -> Finish:
+        def wanted(start: int, stop: int) -> Tensor:
+            return states.read(start + self._original, stop + self._original)
 
-    def _evaluate(self, states: States) -> Summary:
-        norm, config = self._weights.final_norm(), self.config
-        table = self.checkpoint.tensors[canonical.EMBED]
-        records = []
-        for i, (ref, rounded) in enumerate(self._pairs(states)):
-            ids = torch.from_numpy(self.calibration.held[i])
-            targets = torch.cat([ids[1:], torch.tensor([-1])])
-            one, two = (tg.rms_norm(x, norm, config.rms_norm_eps) for x in (ref, rounded))
-            stats = compare(
-                one, two, table, cap=config.final_logit_softcapping, targets=targets,
-                vocab=config.vocab_size, scratch=64 << 20,
-            )  # fmt: skip
-            records.append(Record(f"held/{i:05}", "held-out", stats))
-        return summarise(records)
-
-
-def quality(summary: Summary) -> dict[str, Any]:
-    """The figures of a report: divergence from the original, agreement, perplexities, with 95 % intervals."""
-    o, intervals = summary.overall, summary.intervals
-    kl = o.metrics.get("kl")
-
-    def interval(name: str) -> list[float | None] | None:
-        found = intervals.get(name)
-        return None if found is None or found.low is None else [found.low, found.high]
-
-    return {
-        "sequences": o.documents,
-        "positions": o.positions,
-        "kl": None if kl is None else kl.mean,
-        "kl_interval": interval("kl"),
-        "kl_percentiles": {} if kl is None else kl.percentiles,
-        "top1_agreement": o.agreement,
-        "top1_agreement_interval": interval("agreement"),
-        "perplexity": o.perplexity_cand,
-        "perplexity_original": o.perplexity_ref,
-        "perplexity_ratio_interval": interval("perplexity_ratio"),
-    }
+        finish = Finish(self, self._weights, wanted)
+        finish.run(meter)
+        return finish

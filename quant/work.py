@@ -7,12 +7,10 @@ only when all it speaks of is durable. The finished run reads codes from here, e
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,23 +25,26 @@ from ..formats.errors import (
     FileIOError,
     InputError,
     ResumeError,
-    SpaceError,
     printable,
 )
 from ..formats.journal import Journal
 from ..formats.lock import Lock
 from ..formats.names import listing
 from ..formats.packed.bits import pack, unpack
+from ..model import canonical
 from . import ggml
 from .calibration import Calibration
 from .choose import Rounded, Target
 from .scheme import Codes, Scheme
+from .tunable import rebuilt
 
 SUFFIX = ".quantizing"
 VERSION = 1
 _IDS = "calibration.npy"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_OURS = re.compile(r"lock|journal|calibration\.npy|(states-\d+\.bin|layer-\d+\.npz)(\.new)?")
+_TUNING, _TUNED = "tuning.npz", "tuned.npz"
+_OURS = re.compile(
+    r"lock|journal|calibration\.npy|(spill|held)\.bin|(states-\d+\.bin|layer-\d+\.npz|tun(ing|ed)\.npz)(\.new)?"
+)
 
 
 def work_path(dst: Path) -> Path:
@@ -64,6 +65,7 @@ class Work:
     Attributes:
         layers: finished blocks -> what :meth:`finish_layer` was told.
         resumed: finished blocks when it was opened.
+        tuned: what :meth:`finish_tuning` was told, or None.
 
     Raises:
         ResumeError: what is there was begun with other settings; says which.
@@ -77,6 +79,7 @@ class Work:
         self._resume = resume
         self.layers: dict[int, dict[str, Any]] = {}
         self.resumed = 0
+        self.tuned: dict[str, Any] | None = None
         self._calibration: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -108,6 +111,8 @@ class Work:
                 self._calibration = line
             elif line.get("kind") == "layer":
                 self.layers[int(line["layer"])] = line
+            elif line.get("kind") == "tuned":
+                self.tuned = line
         self.resumed = len(self.layers)
 
     def _require_same(self, head: Mapping[str, Any]) -> None:
@@ -193,7 +198,12 @@ class Work:
         return self.path / f"states-{layer}.bin"
 
     def finish_layer(
-        self, layer: int, values: Mapping[str, Rounded], told: Mapping[str, Any]
+        self,
+        layer: int,
+        values: Mapping[str, Rounded],
+        told: Mapping[str, Any],
+        floats: Mapping[str, Tensor] | None = None,
+        squares: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep a block's weights; the states behind it must be durable.
 
@@ -201,8 +211,12 @@ class Work:
             layer: its index.
             values: canonical name -> rounded weight.
             told: JSON values to keep with it.
+            floats: canonical name -> tuned tensor.
+            squares: canonical name -> mean squares of its inputs.
         """
         arrays: Any = {k: a for n, v in values.items() for k, a in _arrays(n, v).items()}
+        arrays |= {f"{n}|float": x.cpu().numpy() for n, x in (floats or {}).items()}
+        arrays |= {f"{n}|squares": x.cpu().numpy() for n, x in (squares or {}).items()}
         self._write(_layer_file(layer), lambda f: np.savez(f, **arrays))
         line = {"kind": "layer", "layer": layer, **told}
         self._journal.append(line)
@@ -223,24 +237,86 @@ class Work:
             ofs.sync_dir(ofs.REAL, self.path)
 
     def load(self, layer: int, name: str, target: Target) -> Rounded:
-        """A weight of a finished block.
+        """A weight of a finished block, as it was before all blocks were tuned together.
 
         Raises:
             ConflictError: the file is damaged.
         """
-        file = _layer_file(layer)
+        parts = ("codes", "scales", "zeros", "blocks", "columns")
+        found = self._arrays(_layer_file(layer), [f"{name}|{part}" for part in parts])
+        try:
+            return _rounded({k.rpartition("|")[2]: a for k, a in found.items()}, target)
+        except (KeyError, ValueError) as e:
+            raise self._damaged(_layer_file(layer)) from e
+
+    def floats(self, layer: int) -> dict[str, Tensor]:
+        """Tuned tensors of a finished block."""
+        found = self._arrays(_layer_file(layer))
+        wanted = {k: a for k, a in found.items() if k.endswith("|float")}
+        return {k.removesuffix("|float"): torch.from_numpy(a) for k, a in wanted.items()}
+
+    def squares(self, layer: int) -> dict[str, np.ndarray]:
+        """Mean squares of the inputs of a finished block's weights ``[in_features]``."""
+        found = self._arrays(_layer_file(layer))
+        return {k.removesuffix("|squares"): a for k, a in found.items() if k.endswith("|squares")}
+
+    def _arrays(self, file: str, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Arrays of a file, those there are of ``keys``."""
         try:
             with np.load(self.path / file, allow_pickle=False) as archive:
-                found = {
-                    part: archive[f"{name}|{part}"]
-                    for part in ("codes", "scales", "zeros", "blocks", "columns")
-                    if f"{name}|{part}" in archive
+                return {
+                    k: archive[k] for k in (archive.files if keys is None else keys) if k in archive
                 }
-            return _rounded(found, target)
         except OSError as e:
             raise FileIOError(f"cannot read: {e.strerror or e}.", where=self.path / file) from e
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as e:
             raise self._damaged(file) from e
+
+    # ---- tuning of all blocks together
+
+    def keep_tuning(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep how far it has come; replaces what was kept before."""
+        kept: Any = dict(arrays)
+        self._write(_TUNING, lambda f: np.savez(f, **kept))
+
+    def tuning(self) -> dict[str, np.ndarray] | None:
+        """What was kept last."""
+        return self._arrays(_TUNING) if (self.path / _TUNING).is_file() else None
+
+    def finish_tuning(
+        self, numbers: Mapping[str, Sequence[Tensor]], told: Mapping[str, Any]
+    ) -> None:
+        """Keep the result.
+
+        Args:
+            numbers: canonical name -> a weight's stored numbers (see :mod:`.tunable`), or a float tensor alone.
+            told: JSON values to keep with it.
+        """
+        arrays: Any = {f"{n}|{i}": x.numpy() for n, xs in numbers.items() for i, x in enumerate(xs)}
+        self._write(_TUNED, lambda f: np.savez(f, **arrays))
+        line = {"kind": "tuned", **told}
+        self._journal.append(line)
+        self.tuned = line
+        (self.path / _TUNING).unlink(missing_ok=True)
+
+    def tuned_numbers(self, name: str) -> list[Tensor]:
+        """A tensor's numbers from :meth:`finish_tuning`, or none."""
+        if self.tuned is None:
+            return []
+        found = self._arrays(_TUNED, (f"{name}|0", f"{name}|1"))
+        return [torch.from_numpy(a) for a in found.values()]
+
+    def final(self, layer: int, name: str, target: Target) -> Rounded:
+        """A weight as it shall be written."""
+        value, numbers = self.load(layer, name, target), self.tuned_numbers(name)
+        return rebuilt(value, numbers) if numbers else value
+
+    def final_floats(self, layers: int) -> dict[str, Tensor]:
+        """Tuned tensors as they shall be written, the final norm among them."""
+        found = {n: x for i in range(layers) for n, x in self.floats(i).items()}
+        if self.tuned is not None:
+            found[canonical.FINAL_NORM] = torch.empty(0)
+        return {n: (self.tuned_numbers(n) or [x])[0] for n, x in found.items()}
 
     def _damaged(self, name: str) -> ConflictError:
         return ConflictError(
@@ -256,13 +332,13 @@ def _layer_file(layer: int) -> str:
 
 def _arrays(name: str, value: Rounded) -> dict[str, np.ndarray]:
     if isinstance(value, ggml.Blocks):
-        return {f"{name}|blocks": value.data.numpy()}
+        return {f"{name}|blocks": value.data.cpu().numpy()}
     out = {
-        f"{name}|codes": pack(value.codes.numpy(), value.scheme.bits),
+        f"{name}|codes": pack(value.codes.cpu().numpy(), value.scheme.bits),
         f"{name}|columns": np.array(value.codes.shape[1]),
-        f"{name}|scales": value.scales.numpy(),
+        f"{name}|scales": value.scales.cpu().numpy(),
     }
-    return out if value.zeros is None else out | {f"{name}|zeros": value.zeros.numpy()}
+    return out if value.zeros is None else out | {f"{name}|zeros": value.zeros.cpu().numpy()}
 
 
 def _rounded(found: Mapping[str, np.ndarray], target: Target) -> Rounded:
@@ -274,123 +350,43 @@ def _rounded(found: Mapping[str, np.ndarray], target: Target) -> Rounded:
 
 
 class WorkCodes(Mapping[str, Any]):
-    """Every weight of a finished run, read when asked for; what the exporters take.
+    """Every weight of a finished run, read when asked for, and tuned norms; what the exporters take.
 
     Args:
         work: where they are.
         targets: canonical name -> what it was rounded to.
         source_fingerprint: of what was quantized.
+        layers: of the model, whose norms may have been tuned.
     """
 
-    def __init__(self, work: Work, targets: Mapping[str, Target], source_fingerprint: str) -> None:
+    def __init__(
+        self, work: Work, targets: Mapping[str, Target], source_fingerprint: str, layers: int = 0
+    ) -> None:
         self._work, self._targets = work, dict(targets)
+        self._floats = work.final_floats(layers)
         self.source_fingerprint = source_fingerprint
 
     def scheme_of(self, name: str) -> Scheme | None:
         """A uniform weight's scheme."""
-        target = self._targets[name]
+        target = self._targets.get(name)
         return target if isinstance(target, Scheme) else None
 
     def type_of(self, name: str) -> str | None:
         """A block weight's type."""
-        target = self._targets[name]
+        target = self._targets.get(name)
         return target if isinstance(target, str) else None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._targets
+        return name in self._targets or name in self._floats
 
-    def __getitem__(self, name: str) -> Rounded:
-        target = self._targets[name]
-        return self._work.load(int(name.split(".")[2]), name, target)
+    def __getitem__(self, name: str) -> Any:
+        if name in self._floats:
+            return self._floats[name]
+        return self._work.final(int(name.split(".")[2]), name, self._targets[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._targets)
+        yield from self._targets
+        yield from self._floats
 
     def __len__(self) -> int:
-        return len(self._targets)
-
-
-class States:
-    """Hidden states float32 ``[rows, width]`` in a file, and in memory too where they may be.
-
-    Args:
-        path: the file; made when ``rows`` is written, read when it is there.
-        rows: tokens.
-        width: hidden size.
-        keep: hold them in memory; else only what is asked for is read.
-        create: a new file.
-
-    Raises:
-        SpaceError: the disk is full.
-    """
-
-    def __init__(self, path: Path, rows: int, width: int, *, keep: bool, create: bool) -> None:
-        self.path, self.rows, self.width = path, rows, width
-        self._memory = torch.empty(rows, width) if keep else None
-        with ofs.calls("open", path):
-            self._file: io.FileIO = io.FileIO(path, "w+" if create else "r+")
-            if create:
-                self._reserve()
-        if not create:
-            size = os.fstat(self._file.fileno()).st_size
-            if size != rows * width * 4:
-                self.close()
-                raise ConflictError(
-                    f"the kept hidden states have {size} bytes, expected {rows * width * 4}.",
-                    where=path,
-                    fix="start afresh with --no-resume.",
-                )
-            if keep:
-                self._memory = self._read(0, rows)
-
-    def _reserve(self) -> None:
-        nbytes = self.rows * self.width * 4
-        try:
-            os.posix_fallocate(self._file.fileno(), 0, nbytes)
-        except OSError as e:
-            if e.errno not in _FULL:  # a file system without fallocate
-                os.ftruncate(self._file.fileno(), nbytes)
-                return
-            free = os.statvfs(self.path.parent)
-            self.close()
-            raise SpaceError(
-                f"{nbytes} bytes are needed for hidden states, {free.f_bavail * free.f_frsize} are free.",
-                where=self.path.parent,
-                fix="free disk space, or use fewer --samples or a smaller --seq-len.",
-            ) from e
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows ``[stop - start, width]``; not to be changed."""
-        if self._memory is not None:
-            return self._memory[start:stop]
-        return self._read(start, stop)
-
-    def _read(self, start: int, stop: int) -> Tensor:
-        out = np.empty((stop - start, self.width), np.float32)
-        with ofs.calls("read", self.path):
-            view = out.reshape(-1).view(np.uint8).data
-            at = start * self.width * 4
-            while view.nbytes:
-                n = os.preadv(self._file.fileno(), [view], at)
-                if not n:
-                    raise FileIOError("the hidden states end early.", where=self.path)
-                view, at = view[n:], at + n
-        return torch.from_numpy(out)
-
-    def write(self, start: int, values: Tensor) -> None:
-        """Rows from ``start`` on."""
-        values = values.reshape(-1, self.width)
-        if self._memory is not None:
-            self._memory[start : start + len(values)] = values
-        data = values.contiguous().numpy().reshape(-1).view(np.uint8).data
-        with ofs.calls("write", self.path):
-            ofs.write_all(ofs.REAL, self._file.fileno(), data, start * self.width * 4)
-
-    def sync(self) -> None:
-        """Make everything written durable."""
-        with ofs.calls("write", self.path):
-            os.fdatasync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; twice is harmless."""
-        self._file.close()
+        return len(self._targets) + len(self._floats)

@@ -25,8 +25,9 @@ from g2kit.quant.choose import Target, choose, inputs_of
 from g2kit.quant.hessian import STAGES, Collector, Moments
 from g2kit.quant.pipeline import Batch, Options, Pipeline, batches
 from g2kit.quant.scheme import Codes, Scheme
+from g2kit.quant.states import States
 from g2kit.quant.weights import Weights
-from g2kit.quant.work import States, Work, WorkCodes
+from g2kit.quant.work import Work, WorkCodes
 
 DATA = Path(__file__).parent / "data" / "hf_sharded"
 FOUR = Scheme(4, 32)
@@ -102,7 +103,7 @@ def test_the_report_is_about_these_codes(fixture: Checkpoint, whole: Result) -> 
     original = _dense(fixture)
     rounded = original | {n: c.dequantize() for n, c in codes.items()}
     total = count = 0.0
-    for ids in CALIBRATION.held:
+    for ids in CALIBRATION.held[1::2]:  # the others chose between methods
         x = torch.from_numpy(ids)[None]
         with torch.no_grad():
             p, q = (
@@ -131,7 +132,7 @@ def test_held_out_errors_are_those_of_the_codes(fixture: Checkpoint, whole: Resu
         return tg.plain_linear(name, x, w)
 
     with torch.no_grad():
-        for ids in CALIBRATION.held:
+        for ids in CALIBRATION.held[::2]:
             tg.forward(torch.from_numpy(ids)[None], original, fixture.config, linear=watch)
     name = canonical.K.format(i=0)
     x, w = torch.cat(seen), original[name]
@@ -207,7 +208,11 @@ def test_a_stopped_run_goes_on_to_the_same_codes(
     assert len(again) == 28 - 7 * done
     assert _same(codes, whole[1])
     assert report["quality"] == whole[0]["quality"]
-    assert report["linears"] == whole[0]["linears"]
+    timeless = [
+        {n: {k: x for k, x in r.items() if k != "seconds"} for n, r in found["linears"].items()}
+        for found in (report, whole[0])
+    ]
+    assert timeless[0] == timeless[1]
 
 
 def test_other_settings_are_told_apart(fixture: Checkpoint, tmp_path: Path) -> None:

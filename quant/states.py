@@ -1,0 +1,103 @@
+"""Hidden states between blocks: in a file, so that a killed run goes on, and in memory where they may be."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..formats import output_fs as ofs
+from ..formats.errors import ConflictError, FileIOError, SpaceError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class States:
+    """Hidden states float32 ``[rows, width]`` in a file, and in memory too where they may be.
+
+    Args:
+        path: the file; made when ``rows`` is written, read when it is there.
+        rows: tokens.
+        width: hidden size.
+        keep: hold them in memory; else only what is asked for is read.
+        create: a new file.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+
+    def __init__(self, path: Path, rows: int, width: int, *, keep: bool, create: bool) -> None:
+        self.path, self.rows, self.width = path, rows, width
+        self._memory = torch.empty(rows, width) if keep else None
+        with ofs.calls("open", path):
+            self._file: io.FileIO = io.FileIO(path, "w+" if create else "r+")
+            if create:
+                self._reserve()
+        if not create:
+            size = os.fstat(self._file.fileno()).st_size
+            if size != rows * width * 4:
+                self.close()
+                raise ConflictError(
+                    f"the kept hidden states have {size} bytes, expected {rows * width * 4}.",
+                    where=path,
+                    fix="start afresh with --no-resume.",
+                )
+            if keep:
+                self._memory = self._read(0, rows)
+
+    def _reserve(self) -> None:
+        nbytes = self.rows * self.width * 4
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, nbytes)
+        except OSError as e:
+            if e.errno not in _FULL:  # a file system without fallocate
+                os.ftruncate(self._file.fileno(), nbytes)
+                return
+            free = os.statvfs(self.path.parent)
+            self.close()
+            raise SpaceError(
+                f"{nbytes} bytes are needed for hidden states, {free.f_bavail * free.f_frsize} are free.",
+                where=self.path.parent,
+                fix="free disk space, or use fewer --samples or a smaller --seq-len.",
+            ) from e
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows ``[stop - start, width]``; not to be changed."""
+        if self._memory is not None:
+            return self._memory[start:stop]
+        return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        out = np.empty((stop - start, self.width), np.float32)
+        with ofs.calls("read", self.path):
+            view = out.reshape(-1).view(np.uint8).data
+            at = start * self.width * 4
+            while view.nbytes:
+                n = os.preadv(self._file.fileno(), [view], at)
+                if not n:
+                    raise FileIOError("the hidden states end early.", where=self.path)
+                view, at = view[n:], at + n
+        return torch.from_numpy(out)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Rows from ``start`` on."""
+        values = values.reshape(-1, self.width).cpu()
+        if self._memory is not None:
+            self._memory[start : start + len(values)] = values
+        data = values.contiguous().numpy().reshape(-1).view(np.uint8).data
+        with ofs.calls("write", self.path):
+            ofs.write_all(ofs.REAL, self._file.fileno(), data, start * self.width * 4)
+
+    def sync(self) -> None:
+        """Make everything written durable."""
+        with ofs.calls("write", self.path):
+            os.fdatasync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; twice is harmless."""
+        self._file.close()
