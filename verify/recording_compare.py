@@ -20,6 +20,7 @@ from .block_errors import EMBEDDING, Trace, position_errors
 from .lockstep import BLOCK_ROWS, SCRATCH, LockstepResult, NonFinite, merge_results
 from .lockstep_logits import alike, from_hidden
 from .recording_bound import Largest, lower_bound
+from .recording_consistency import Persistence
 from .recording_read import Recording
 from .recording_stats import (
     check_model,
@@ -143,15 +144,18 @@ class _Against:
 
     def _blocks(self, batch: Sequence[int], first: Array, real: Array) -> None:
         seen: set[str] = set()
+        through = [Persistence(self.recording, i) for i in batch]
         for layer in range(EMBEDDING, self.cand.config.num_hidden_layers):
             x = first if layer == EMBEDDING else self.cand.advance()
             for row, i in enumerate(batch):
                 states = x[row][real[row]]
+                norms = self.recording.array("norm", i)[:, layer + 1]
                 errors = estimated(
                     self.recording.array("projection", i)[:, layer + 1],
-                    self.recording.array("norm", i)[:, layer + 1],
+                    norms,
                     projected(states, self.matrix, self.recording.sizes.wide),
                 )
+                through[row].add(layer, errors, norms)
                 self._note(i, layer, errors, states, seen)
             if layer != EMBEDDING:
                 self.progress(int(real.sum()), f"block {layer}")
@@ -184,7 +188,7 @@ class _Against:
                 (hidden, self.final[real]), alike((self.head.table, self.own)),
                 (r.config, self.cand.config), goals, self.block_rows, self.scratch, self.device,
             )  # fmt: skip
-        self.head.check_lse(batch, hidden, stats.lse_ref, stats.finite)
+        self.head.check_stats(batch, hidden, stats)
         return stats
 
     def _from_tiles(self, hidden: Array, real: Array, goals: Array) -> Stats:

@@ -15,6 +15,7 @@ from .block_errors import EMBEDDING, Trace, position_errors
 from .lockstep import BLOCK_ROWS, SCRATCH, LockstepResult, merge_results
 from .lockstep_logits import alike, from_hidden
 from .recording_bound import lower_bound, matched
+from .recording_consistency import Persistence
 from .recording_read import Recording, require_same_probes
 from .recording_stats import (
     check_model,
@@ -120,6 +121,9 @@ def _recorded_traces(ref: Recording, cand: Recording, i: int) -> list[Trace]:
         for layer in range(EMBEDDING, ref.config.num_hidden_layers)
     }
     errors[ref.config.num_hidden_layers] = last
+    through = Persistence(ref, i)
+    for layer in range(EMBEDDING, ref.config.num_hidden_layers):
+        through.add(layer, errors[layer], norms[:, layer + 1])
     return [Trace.of(probe, layer, "accumulated", e, window) for layer, e in errors.items()]
 
 
@@ -142,6 +146,6 @@ def _recorded_stats(
         (a, b), alike((heads[0].table, heads[1].table)), (ref.config, cand.config), goals,
         block_rows, scratch, device,
     )  # fmt: skip
-    heads[0].check_lse(batch, a, stats.lse_ref, stats.finite)
+    heads[0].check_stats(batch, a, stats)
     heads[1].check_lse(batch, b, stats.lse_cand, stats.finite)
     return stats
