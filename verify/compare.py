@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy.typing as npt
 
@@ -30,6 +30,14 @@ from .side import open_side
 
 Config = str | Path | GemmaConfig | None
 Where = str | Path | Checkpoint
+
+
+class How(TypedDict, total=False):
+    """How both sides are opened, and who watches; as of :func:`compare`."""
+
+    fix_config: bool
+    gating: str | None
+    progress: Progress | None
 
 
 def compare(
@@ -111,16 +119,8 @@ def compare_weights(
 ) -> dict[str, Any]:
     """Claims W1, W2 and C0 only: nothing is run. See :func:`compare`."""
     configs = (ref_config or config, cand_config or config)
-    return document_of(
-        ref,
-        cand,
-        Options(),
-        configs,
-        fix_config=fix_config,
-        gating=gating,
-        run=False,
-        progress=progress,
-    )
+    how: How = {"fix_config": fix_config, "gating": gating, "progress": progress}
+    return document_of(ref, cand, Options(), configs, run=False, **how)
 
 
 def document_of(
@@ -129,23 +129,12 @@ def document_of(
     options: Options,
     configs: tuple[Config, Config] = (None, None),
     *,
-    fix_config: bool = False,
-    gating: str | None = None,
     run: bool = True,
-    progress: Progress | None = None,
+    **how: Unpack[How],
 ) -> dict[str, Any]:
     """:func:`compare` with its options as one object."""
     try:
-        part = part_of(
-            ref,
-            cand,
-            options,
-            configs,
-            fix_config=fix_config,
-            gating=gating,
-            run=run,
-            progress=progress,
-        )
+        part = part_of(ref, cand, options, configs, run=run, **how)
     except NonFiniteError as e:
         return non_finite(e, "compare" if run else "weights")
     return build(join([part]))
