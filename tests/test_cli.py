@@ -8,54 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import command_case
 import numpy as np
 import pytest
+from command_case import Output, save, tree
 from configs import small
-from memory import checkpoint, random_weights
+from memory import random_weights
 
-from g2kit.convert.api import convert_checkpoint
 from g2kit.convert.cli import g2conv
-from g2kit.convert.plan import Options
-from g2kit.formats.base import Array
 from g2kit.model import canonical
-from g2kit.model.config import GemmaConfig
 from g2kit.model.config_formats import to_huggingface
 from g2kit.model.sample import sample_dir
-from g2kit.terminal import run_cli
-
-Output = tuple[int, str, str]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*args: object) -> Output:
-        capsys.readouterr()
-        status = run_cli(g2conv, [str(a) for a in args])
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
-
-
-def save(
-    root: Path,
-    weights: dict[str, Array] | None = None,
-    config: GemmaConfig | None = None,
-    **to: str,
-) -> Path:
-    """A small model on disk; safetensors unless told otherwise."""
-    config = config or small("gemma2-2b")
-    weights = weights or random_weights(config, 1)
-    options = Options(to.pop("to", "safetensors"), **to)  # type: ignore[arg-type]
-    convert_checkpoint(checkpoint(config, weights), root, options)
-    return root
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
+    return partial(command_case.run, g2conv, capsys=capsys)
 
 
 # ---- what works

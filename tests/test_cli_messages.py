@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import command_case
 import numpy as np
 import pytest
+from command_case import Output, save
 from configs import small
 from memory import checkpoint, random_weights
 
@@ -24,7 +28,6 @@ from g2kit.convert.plan import Options
 from g2kit.formats import errors
 from g2kit.formats.errors import ConfigError, G2Error, ShapeError
 from g2kit.model import canonical
-from g2kit.model.config import GemmaConfig
 from g2kit.model.config_formats import to_huggingface
 from g2kit.model.sample import sample_dir
 from g2kit.terminal import dump_json, run_cli
@@ -34,14 +37,8 @@ KEYS = {"code", "message", "file", "tensor", "found", "expected", "fix"}
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run_cli(g2conv, [str(a) for a in args])
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
+    return partial(command_case.run, g2conv, capsys=capsys)
 
 
 def strict(text: str) -> Any:
@@ -51,14 +48,6 @@ def strict(text: str) -> Any:
         raise AssertionError(f"{constant} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-def save(root: Path, config: GemmaConfig | None = None, rows: int | None = None, **to: Any) -> Path:
-    config = config or small("gemma2-2b")
-    weights = random_weights(config, 1, **({} if rows is None else {"rows": rows}))
-    options = Options(to.pop("to", "safetensors"), **to)
-    convert_checkpoint(checkpoint(config, weights), root, options)
-    return root
 
 
 def edit_config(root: Path, **values: Any) -> Path:
@@ -241,7 +230,7 @@ def test_a_dot_in_a_directory_name_is_no_suffix(run, tmp_path: Path) -> None:
 def test_an_odd_number_of_layers_names_the_layouts_that_hold_it(
     to: str, layout: str, want: str, run, tmp_path: Path
 ) -> None:
-    src = save(tmp_path / "src", small("gemma2-2b", layers=3))
+    src = save(tmp_path / "src", config=small("gemma2-2b", layers=3))
     status, _, err = run("convert", src, tmp_path / "o", "--to", to, "--layout", layout)
     assert (status, want in err) == (2, True), err
     for name in want.removeprefix("one of ").rstrip(".").split(", ") if "one of" in want else ():
@@ -381,7 +370,7 @@ def test_a_resume_says_in_words_what_differs(
     more, words = RESUMES[case]
     monkeypatch.chdir(tmp_path)
     config = small("gemma2-2b")
-    src = save(tmp_path / "src", config)
+    src = save(tmp_path / "src", config=config)
     window = {"sliding_window": 16}
     Path("c.json").write_text(json.dumps(to_huggingface(config) | window))
     vocab = {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(64)}, "merges": []}}

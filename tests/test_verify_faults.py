@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_case
 import numpy as np
 import pytest
 
 from g2kit.model.sample import sample_dir
-from g2kit.terminal import run_cli
 from g2kit.verify.cli import g2verify
 
 SAMPLE = str(sample_dir())
 FULL = Path("/dev/full")
-
-
-def run(*args: str, capsys: Any) -> tuple[int, str, str]:
-    status = run_cli(g2verify, list(args))
-    done = capsys.readouterr()
-    return status, done.out, done.err
+run = partial(command_case.run, g2verify)
 
 
 def test_logits_do_not_write_through_links(tmp_path: Path, capsys: Any) -> None:
