@@ -1,4 +1,5 @@
-"""The demo: the bundled model through every container and back, transformers generating from it, and a parity report.
+"""The demo: the bundled model through every container and back, transformers generating from it, a parity report, and the
+model at 4 bits with what that cost.
 
 Runs the installed commands as a user would and prints them; every step's fingerprint must be the first one's.
 """
@@ -20,6 +21,8 @@ CHAIN = (
     ("safetensors-to-flax {src} {dst}", "6-flax"),
 )
 PROMPT = "The function returns"
+# a quick look; a run to keep takes the defaults, 128 sequences of 512 tokens
+QUICK = ("--bits", "4", "--samples", "16", "--seq-len", "128", "--held-out", "0.75")
 
 
 def command(*words: str) -> str:
@@ -54,6 +57,7 @@ def main(root: Path) -> None:
     print(f"all {len(prints)} checkpoints have the fingerprint {next(iter(prints.values()))}\n")
     generate(root / "2-safetensors")
     verify(root)
+    quantize(root)
 
 
 def generate(directory: Path) -> None:
@@ -82,6 +86,17 @@ def verify(root: Path) -> None:
         )
     )
     print(f"the report: {page}")
+
+
+def quantize(root: Path) -> None:
+    """To 4 bits, calibrated on what the model writes; then transformers running that, against the original."""
+    source, packed, page = root / "2-safetensors", root / "7-int4", root / "quantized.html"
+    reports = ("--html", str(page), "--report", str(root / "quantized.json"))
+    print()
+    print(command("g2quant", str(source), str(packed), *QUICK, *reports))
+    print(f"the report: {page}\n")
+    options = ("--profile", "smoke", "--cand-runner", "transformers")
+    print(command("g2verify", "compare", str(source), str(packed), *options))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ each block. Nothing of this package computes anything here.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -172,10 +174,12 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager", output_loading_info=True,
-            local_files_only=True, trust_remote_code=False,
-        )  # fmt: skip
+        # compressed-tensors draws a bar for each of its steps, which nothing switches off
+        with redirect_stderr(io.StringIO()):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="eager", output_loading_info=True,
+                local_files_only=True, trust_remote_code=False,
+            )  # fmt: skip
     except Exception as e:  # whatever its loaders raise
         raise FormatError(
             f"transformers {transformers.__version__} cannot load it: {_first_line(e)}",
