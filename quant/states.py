@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 from pathlib import Path
 
@@ -35,11 +34,13 @@ class States:
         self.path, self.rows, self.width = path, rows, width
         self._memory = torch.empty(rows, width) if keep else None
         with ofs.calls("open", path):
-            self._file: io.FileIO = io.FileIO(path, "w+" if create else "r+")
+            flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
+            # opened and closed by the layer that writes: it remembers descriptors
+            self._fd: int | None = ofs.REAL.open(path, flags)
             if create:
                 self._reserve()
         if not create:
-            size = os.fstat(self._file.fileno()).st_size
+            size = os.fstat(self._open).st_size
             if size != rows * width * 4:
                 self.close()
                 raise ConflictError(
@@ -53,10 +54,10 @@ class States:
     def _reserve(self) -> None:
         nbytes = self.rows * self.width * 4
         try:
-            os.posix_fallocate(self._file.fileno(), 0, nbytes)
+            os.posix_fallocate(self._open, 0, nbytes)
         except OSError as e:
             if e.errno not in _FULL:  # a file system without fallocate
-                os.ftruncate(self._file.fileno(), nbytes)
+                os.ftruncate(self._open, nbytes)
                 return
             free = os.statvfs(self.path.parent)
             self.close()
@@ -78,7 +79,7 @@ class States:
             view = out.reshape(-1).view(np.uint8).data
             at = start * self.width * 4
             while view.nbytes:
-                n = os.preadv(self._file.fileno(), [view], at)
+                n = os.preadv(self._open, [view], at)
                 if not n:
                     raise FileIOError("the hidden states end early.", where=self.path)
                 view, at = view[n:], at + n
@@ -91,13 +92,21 @@ class States:
             self._memory[start : start + len(values)] = values
         data = values.contiguous().numpy().reshape(-1).view(np.uint8).data
         with ofs.calls("write", self.path):
-            ofs.write_all(ofs.REAL, self._file.fileno(), data, start * self.width * 4)
+            ofs.write_all(ofs.REAL, self._open, data, start * self.width * 4)
 
     def sync(self) -> None:
         """Make everything written durable."""
         with ofs.calls("write", self.path):
-            os.fdatasync(self._file.fileno())
+            os.fdatasync(self._open)
+
+    @property
+    def _open(self) -> int:
+        if self._fd is None:
+            raise ValueError("the hidden states are closed")
+        return self._fd
 
     def close(self) -> None:
         """Close the file; twice is harmless."""
-        self._file.close()
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            ofs.REAL.close(fd)
