@@ -290,13 +290,13 @@ class Sensitivity:
         config, total = self.config, 0.0
         start, shift = self._tokens, self._judged * (1 + stream)
         for ids in self._held:
-            pair = [
+            ref, cand = (
                 tg.rms_norm(states.read(a, a + len(ids)), norm, config.rms_norm_eps)
                 for a in (start, start + shift)
-            ]
+            )
             stats = compare(
-                *pair, self.checkpoint.tensors[canonical.EMBED], cap=config.final_logit_softcapping,
-                vocab=config.vocab_size, scratch=64 << 20,
+                ref, cand, self.checkpoint.tensors[canonical.EMBED],
+                cap=config.final_logit_softcapping, vocab=config.vocab_size, scratch=64 << 20,
             )  # fmt: skip
             total += float(stats.kl.sum())
             start += len(ids)
