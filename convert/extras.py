@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..model.config_formats import size_label, to_gguf
 from ..model.config_gguf import own_keys
 from . import keras_preset
 from .config_passing import unheld_keys
+from .gguf_beside import check_beside
 from .gguf_vocab import TOKENS, gguf_vocab, sentencepiece_from_gguf
 from .sidecar import Sidecars, find_sidecars, huggingface_files
 from .sidecar_files import CONFIG, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL
@@ -47,6 +48,9 @@ def travelling(
         source_format: its container.
         kv: GGUF key-values, or empty.
         tokenizer: ``--tokenizer``: a path, ``none``, or None.
+
+    Raises:
+        TokenizerError: a tokenizer.model beside a GGUF file has another vocabulary than the file; or one is damaged.
     """
     if tokenizer == NO_TOKENIZER:
         return find_sidecars(path, source_format).without_tokenizer()
@@ -57,6 +61,9 @@ def travelling(
         with _in_file(path):
             rebuilt = sentencepiece_from_gguf(kv)
         found = found.with_content(TOKENIZER_MODEL, rebuilt, REBUILT, origin=path)
+    elif found.tokenizer_model is not None and kv.get("tokenizer.ggml.model") == "llama":
+        noted = check_beside(found.tokenizer_model, kv, found.where(TOKENIZER_MODEL))
+        found = replace(found, notes=(*found.notes, *noted))
     template = kv.get("tokenizer.chat_template")
     if template and found.chat_template is None:
         found = found.with_content(TEMPLATE, str(template).encode(), origin=path)

@@ -231,6 +231,7 @@ def _side_files(
         before = sidecars.notes
         sidecars = travelling(checkpoint.path, source.format, kv, options.tokenizer)
         notes[:] = [n for n in notes if n not in before or n in sidecars.notes]
+        notes += [n for n in sidecars.notes if n not in before]
     config, unheard = checkpoint.config, list[str]()
     sidecars = with_sentencepiece(target.name, sidecars, notes)
     pairs = gguf_kv(sidecars, config, slots, notes) if target.name == "gguf" else []
