@@ -137,7 +137,7 @@ def quantile_interval(
 
 
 def _too_few(count: int) -> str:
-    words = "document is" if count == 1 else "documents are"
+    words = "sequence is" if count == 1 else "sequences are"
     return f"{count} {words} too few to resample, at least {MIN_DOCUMENTS} are needed"
 
 

@@ -84,7 +84,7 @@ def _metrics(document: Document) -> list[str]:
         if o["perplexity_ref"]
         else None,
     )
-    where = f"{evaluated(o)}; {count(o['documents'], 'document')}"
+    where = f"{evaluated(o)}; {count(o['documents'], 'sequence')}"
     return [
         f"**Figures** ({where}): {'; '.join(f for f in figures if f)}.",
         "",

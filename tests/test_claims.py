@@ -206,9 +206,18 @@ def test_q1_decides_by_its_interval() -> None:
     assert quantized(0.2, 0.18, 0.22).verdict == "FAIL"
     found = quantized(0.09, 0.07, 0.12)
     assert found.verdict == "INCONCLUSIVE"
-    assert found.missing == ("about 512 more documents",)
+    assert found.missing == ("about 512 more sequences",)
     assert quantized(0.05, None, None).verdict == "INCONCLUSIVE"
     assert "too few" in quantized(0.05, None, None).sentence
+
+
+@pytest.mark.parametrize("clusters", ["documents", "sequences"])
+def test_q1_says_what_its_interval_is_over(clusters: str) -> None:
+    for low, high in ((0.04, 0.06), (0.07, 0.12)):
+        m = replace(GOOD, kl=interval(0.05, low, high), clusters=clusters)
+        found = claims(replace(BASE, measured=m, quantized=True, budget=0.1))["Q1"]
+        assert f"nats over {m.kl.documents} {clusters}" in found.sentence
+    assert found.missing[0].endswith(f"more {clusters}")
 
 
 def test_more_documents_shrinks_the_interval_to_the_gap() -> None:
@@ -266,4 +275,4 @@ def test_one_difference_is_no_plural() -> None:
     other = Identity((Difference("sliding_window", 4096, None, FUNCTION),), 18, None)
     found = claims(replace(BASE, identity=other))["C0"]
     assert found.sentence.startswith("1 difference (reference / candidate): ")
-    assert str(ratio_interval([1.0], [1]).reason).startswith("1 document is too few")
+    assert str(ratio_interval([1.0], [1]).reason).startswith("1 sequence is too few")

@@ -488,8 +488,8 @@ def test_documents_not_tokens_are_resampled() -> None:
 def test_few_documents_give_a_reason() -> None:
     found = ratio_interval([1.0, 2.0], [1, 1])
     assert (found.estimate, found.low, found.high) == (1.5, None, None)
-    assert found.reason == "2 documents are too few to resample, at least 6 are needed"
-    fewer = "1 document is too few to resample, at least 6 are needed"
+    assert found.reason == "2 sequences are too few to resample, at least 6 are needed"
+    fewer = "1 sequence is too few to resample, at least 6 are needed"
     assert quantile_interval([np.ones(3)], 0.9).reason == fewer
 
 

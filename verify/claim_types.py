@@ -78,7 +78,8 @@ class Measured:
     Attributes:
         documents, positions: compared.
         kl_max: largest KL of a position in nats; None without a finite one.
-        kl: mean KL of scored documents with its interval.
+        kl: mean KL of scored sequences with its interval.
+        clusters: what that interval resamples: ``documents`` where the probes have any, else ``sequences``.
         kl_mean: mean KL of all positions.
         rms_max: largest RMS logit difference.
         tv: mean total variation, the share of sampled tokens that change.
@@ -92,6 +93,7 @@ class Measured:
     positions: int
     kl_max: float | None
     kl: Interval
+    clusters: str = "sequences"
     kl_mean: float | None = None
     rms_max: float | None = None
     tv: float | None = None

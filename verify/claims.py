@@ -294,10 +294,10 @@ def _q1(e: Evidence, rule: Rule) -> Claim:
         why = i.reason or "there are no positions"
         return rule.claim(
             INCONCLUSIVE, f"There is no interval for the mean KL: {why}.", proof,
-            ["more documents: the ci profile, or --text with a longer file"],
+            [f"more {m.clusters}: the ci profile, or --text with a longer file"],
         )  # fmt: skip
     low, high = interval
-    what = f"mean KL {i.estimate:.3g} [{low:.3g}, {high:.3g}] nats over {i.documents} documents"
+    what = f"mean KL {i.estimate:.3g} [{low:.3g}, {high:.3g}] nats over {i.documents} {m.clusters}"
     if low > e.budget:
         return rule.claim(FAIL, f"{what}; the budget is {e.budget:g} ({e.budget_source}).", proof)
     if high < e.budget:
@@ -305,7 +305,7 @@ def _q1(e: Evidence, rule: Rule) -> Claim:
         return rule.claim(PASS, f"{what}, within the budget of {e.budget:g}{share}.", proof)
     more = more_documents(i, e.budget)
     text = f"{what} spans the budget of {e.budget:g}"
-    return rule.claim(INCONCLUSIVE, f"{text}.", proof, [f"about {more} more documents"])
+    return rule.claim(INCONCLUSIVE, f"{text}.", proof, [f"about {more} more {m.clusters}"])
 
 
 def more_documents(interval: Interval, budget: float) -> int:

@@ -94,7 +94,9 @@ def evidence(f: Findings) -> Evidence:
         recorded=recorded,
         quantized=bool(part["candidate"]["quantized"]),
         bits=bits,
-        measured=_measured(f.result, f.summary, f.documents, f.floor, f.inside),
+        measured=_measured(
+            f.result, f.summary, f.documents, f.floor, f.inside, has_documents(part)
+        ),
         limits=_limits(f.floor) or Limits(None, None, part["floor_reason"] or "none was measured"),
         kernel=_measured(f.kernel, _summary(f.kernel), None, None, None),
         kernel_name=part["kernel_name"] or "",
@@ -104,6 +106,11 @@ def evidence(f: Findings) -> Evidence:
         budget=budget,
         budget_source=source,
     )
+
+
+def has_documents(part: Mapping[str, Any]) -> bool:
+    """Whether natural documents are among the probes, so that intervals are over them."""
+    return any(g == DOCUMENTS for _, g in (part["probes"] or {"list": ()})["list"])
 
 
 def documents_of(records: Sequence[Record], part: Mapping[str, Any]) -> list[Record]:
@@ -209,6 +216,7 @@ def _measured(
     documents: Summary | None,
     floor: Floor | None,
     inside: Inside | None,
+    texts: bool = False,
 ) -> Measured | None:
     if result is None or summary is None:
         return None
@@ -221,6 +229,7 @@ def _measured(
         positions=overall.positions,
         kl_max=None if kl is None else kl.percentiles["100"],
         kl=chosen.intervals["kl"],
+        clusters="documents" if texts else "sequences",
         kl_mean=None if kl is None else kl.mean,
         rms_max=None if rms is None else rms.percentiles["100"],
         tv=None if tv is None else tv.mean,

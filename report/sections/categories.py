@@ -10,7 +10,7 @@ from ..tables import Cell, Column, table
 
 _COLUMNS = (
     Column(""),
-    Column("Documents", True),
+    Column("Sequences", True),
     Column("Positions", True),
     Column("KL, mean", True),
     Column("KL, 99 %", True),
@@ -32,8 +32,8 @@ def section(document: Document) -> Section | None:
     if len(metrics["documents"]) > 1:
         parts.append(
             more(
-                f"By document ({len(metrics['documents'])})",
-                _groups(metrics["documents"], "Document"),
+                f"By sequence ({len(metrics['documents'])})",
+                _groups(metrics["documents"], "Sequence"),
             )
         )
     overall = metrics["overall"]

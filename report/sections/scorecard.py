@@ -49,7 +49,7 @@ def section(document: Document) -> Section | None:
         rows.append([Html(), Html(), Html(), Html(), _ruler(low, high)])
     lede = _LEDE
     whiskers = any(e.get("interval") for c in claims for e in c["evidence"])
-    remark = note("Whiskers: 95 % intervals, documents resampled.") if whiskers else None
+    remark = note("Whiskers: 95 % intervals, whole sequences resampled.") if whiskers else None
     body = stack(table(columns, rows, stacked=True, cls="score"), remark)
     return Section("scorecard", "Scorecard", lede, body)
 
