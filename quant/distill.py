@@ -21,7 +21,7 @@ from ..model import torch_gemma as tg
 from ..model.config import GemmaConfig
 from ..model.logits import BLOCK_ROWS
 from .recover import END_TO_END, Fit, Tuning, batch_of, gradients, leaves_of, rate_factor
-from .tunable import Block, Gain, Shifts, through
+from .tunable import GAIN, Block, Gain, Shifts, through
 
 Table = Callable[[], Iterable[tuple[int, int, Tensor]]]
 
@@ -127,14 +127,14 @@ class Distillation:
     def begin(self) -> Fit:
         """Nothing moved yet."""
         shifts: Shifts = {canonical.FINAL_NORM: [torch.zeros_like(self._norm.start)]}
-        gains = {canonical.FINAL_NORM}
+        kinds = {canonical.FINAL_NORM: [GAIN]}
         for layer in range(self.config.num_hidden_layers):
             block = self._blocks(layer)
-            own = block.zeros()
+            own = block.begin()
             self._names[layer] = list(own)
             shifts |= own
-            gains |= set(block.gains)
-        return Fit.begin(shifts, gains, self.tuning)
+            kinds |= block.kinds()
+        return Fit.begin(shifts, kinds, self.tuning)
 
     def run(self, fit: Fit, looked: Callable[[Fit], None], stepped: Callable[[], None]) -> None:
         """Go on to the end.

@@ -336,7 +336,8 @@ class Pipeline:
         values: dict[str, Rounded],
     ) -> tuple[dict[str, Rounded], dict[str, Tensor], dict[str, Any]]:  # fmt: skip
         """The block's weights and gains, tuned to the original's output; what to report."""
-        block = Block(values, self.gains(layer, original))
+        moving = original if self.options.recover == "codes" else None
+        block = Block(values, self.gains(layer, original), moving)
 
         def run(x: Tensor, shifts: Shifts) -> Tensor:
             weights = {**original, **block.norms(shifts)}

@@ -1,7 +1,7 @@
-"""Codes frozen, scales and norm gains tuned: first a block at a time, so that it gives what the original gives.
+"""What rounding lost, won back by gradient: first a block at a time, so that it gives what the original gives.
 
-Block by block (EfficientQAT's and OmniQuant's idea, arXiv 2407.11062, 2308.13137, with codes that no longer move): the
-rounded block's output on the rounded stream is pulled to the original block's output on the original stream, every token
+Block by block (the idea of BRECQ, OmniQuant, AutoRound and EfficientQAT: arXiv 2102.05426, 2308.13137, 2309.05516, 2407.11062),
+with codes that stay (``scales``) or move too (``codes``): the rounded block's output on the rounded stream is pulled to the original block's output on the original stream, every token
 relative to its size. :mod:`.distill` does the same with the whole model's output. Both watch calibration sequences that
 they do not tune on, and keep what was best there: the start too, so nothing gets worse by that measure.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..formats.errors import NonFiniteError, UsageError
-from .tunable import Adam, Block, Shifts, arrays_of, copied, fill
+from .tunable import CODE, GAIN, NUMBER, Adam, Block, Shifts, arrays_of, copied, fill
 
-RECOVERIES = ("none", "scales")
+RECOVERIES = ("none", "scales", "codes")
 WATCHED = 0.125  # share of calibration sequences to stop early by
 
 
@@ -33,6 +33,7 @@ class Tuning:
         patience: looks without a gain before it ends.
         scale_rate: largest relative step of scales and offsets.
         gain_rate: of norm gains.
+        code_rate: of codes, in codes.
         tokens: per step.
     """
 
@@ -41,10 +42,16 @@ class Tuning:
     patience: int = 3
     scale_rate: float = 1e-3
     gain_rate: float = 3e-4
+    code_rate: float = 5e-3
     tokens: int = 1024
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """By kind of :mod:`.tunable`."""
+        return {NUMBER: self.scale_rate, GAIN: self.gain_rate, CODE: self.code_rate}
 
-BLOCKWISE = Tuning(steps=48, every=8)
+
+BLOCKWISE = Tuning(steps=96, every=16)
 END_TO_END = Tuning(steps=160, every=16, patience=4)
 
 
@@ -108,10 +115,9 @@ class Fit:
     best: Shifts = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, shifts: Shifts, gains: set[str], tuning: Tuning) -> Fit:
-        """Shifts of zero; ``gains`` are norms' names."""
-        rates = {n: tuning.gain_rate if n in gains else tuning.scale_rate for n in shifts}
-        return cls(shifts, Adam(shifts, rates), tuning)
+    def begin(cls, shifts: Shifts, kinds: Mapping[str, list[str]], tuning: Tuning) -> Fit:
+        """From these shifts, of these kinds; see :class:`.tunable.Block`."""
+        return cls(shifts, Adam(shifts, kinds, tuning.rates), tuning)
 
     @property
     def ended(self) -> bool:
@@ -226,7 +232,7 @@ def tune_block(
         The shifts that lost least on ``watch`` (none at all, if those do), and what to report: relative squared error there
         before and after, steps.
     """
-    fit = Fit.begin(block.zeros(), set(block.gains), tuning)
+    fit = Fit.begin(block.begin(), block.kinds(), tuning)
     names = list(fit.shifts)
     watch = watch or train
 

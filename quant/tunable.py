@@ -1,16 +1,16 @@
-"""What can still move when codes are fixed: a weight's scales and offsets and a norm's gains, as parameters gradients reach.
+"""What can still move in a rounded weight, and a norm's gains, as parameters that gradients reach.
 
-A parameter is a relative shift of a stored number, so that one learning rate serves all: ``value = snap(start (1 + t))``
-with ``t = 0`` at first and ``snap`` the rounding to what the format stores. Gradients pass the rounding straight through
-(arXiv 1308.3432). A weight is linear in its parameters, ``sum_i coefficient_i * value_i`` with integers that never change,
-so neither the dense weight nor its gradient outlives one matrix product.
+Scales and offsets move by a relative shift, so that one learning rate serves all: ``value = snap(start (1 + t))`` with
+``t = 0`` at first and ``snap`` the rounding to what the format stores. Codes move, where they may, by ``round(u)`` with ``u`` at
+first what rounding took away. Gradients pass both roundings straight through (arXiv 1308.3432; for codes: arXiv 2004.10568,
+2309.05516). The dense weight is made anew for every matrix product, so neither it nor its gradient outlives one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,93 +22,131 @@ from .choose import Rounded
 from .scheme import Codes, on_grid
 
 Snap = Callable[[Tensor], Tensor]
-LIMIT = 0.5  # a number moves by half of itself at most: signs stay, and a zero stays zero
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+NUMBER, GAIN, CODE = "number", "gain", "code"
+# a number moves by half of itself at most: signs stay, and a zero stays zero
+LIMITS = {NUMBER: 0.5, GAIN: 0.5, CODE: 2.49}
+_INSIDE = 0.45  # how far a code's start may be from its middle
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One set of stored numbers of a weight.
+class Weight(Protocol):
+    """A rounded weight taken apart: a sum of stored numbers times whole numbers that codes decide.
 
     Attributes:
-        start: float32 ``[out_features, runs]``; each serves a run of equally many columns.
-        coefficient: gives the integers they are multiplied with, float32 ``[out_features, in_features]``.
-        snap: rounds to what is stored.
+        numbers: float32 ``[out_features, runs]`` each; one serves a run of equally many columns.
+        snap: rounds them to what is stored.
+        codes: uint8 ``[out_features, in_features]``.
+        range: smallest and largest code.
     """
 
-    start: Tensor
-    coefficient: Callable[[], Tensor]
+    numbers: list[Tensor]
     snap: Snap
+    codes: Tensor
+    range: tuple[int, int]
+
+    def coefficients(self, codes: Tensor) -> list[Tensor]:
+        """What each number is multiplied with ``[out_features, in_features]``, new tensors."""
+
+    def step(self, numbers: tuple[Tensor, ...]) -> Tensor:
+        """What a weight gains with one more code, ``[out_features, runs]``."""
+
+    def rebuilt(self, numbers: list[Tensor], codes: Tensor) -> Rounded:
+        """With other numbers and codes."""
 
 
-def _integers(codes: Codes) -> Tensor:
-    out, groups = codes.scales.shape
-    grouped = codes.codes.view(out, groups, -1).float()
-    zeros = codes.scheme.middle if codes.zeros is None else codes.zeros.float()[..., None]
-    return (grouped - zeros).view(out, -1)
+class _Uniform:
+    def __init__(self, value: Codes) -> None:
+        self._value = value
+        self.numbers, self.snap, self.codes = [value.scales], on_grid, value.codes
+        self.range = (0, value.scheme.levels - 1)
+
+    def coefficients(self, codes: Tensor) -> list[Tensor]:
+        zeros = self._value.zeros
+        if zeros is None:
+            return [codes.float() - self._value.scheme.middle]
+        grouped = codes.float().view(*zeros.shape, -1) - zeros.float()[..., None]
+        return [grouped.view(codes.shape)]
+
+    def step(self, numbers: tuple[Tensor, ...]) -> Tensor:
+        return numbers[0]
+
+    def rebuilt(self, numbers: list[Tensor], codes: Tensor) -> Rounded:
+        return replace(self._value, scales=numbers[0], codes=codes)
 
 
-def _levels(f: ggml.Fields) -> Tensor:
-    level = f.level()
-    return (level if f.sc is None else level * f.sc.float()[..., None]).view(f.codes.shape)
+class _Ggml:
+    def __init__(self, value: ggml.Blocks) -> None:
+        f = self._fields = value.fields()
+        self.numbers = [f.d] if f.dmin is None else [f.d, f.dmin]
+        self.snap, self.codes = ggml.to_half, f.codes
+        low = 0 if f.format.table is not None else f.format.low - f.format.first
+        self.range = (low, len(f.format.levels) - 1)
+        levels = f.format.levels
+        self._spacing = float(levels[-1] - levels[0]) / (len(levels) - 1)
+
+    def coefficients(self, codes: Tensor) -> list[Tensor]:
+        f = replace(self._fields, codes=codes.to(torch.uint8))
+        level = f.level()
+        found = [
+            (level.clone() if f.sc is None else level * f.sc.float()[..., None]).view(codes.shape)
+        ]
+        if f.dmin is not None:
+            offsets = torch.ones_like(f.dmin) if f.m is None else f.m.float()
+            found.append(-offsets.repeat_interleave(codes.shape[1] // offsets.shape[1], 1))
+        return found
+
+    def step(self, numbers: tuple[Tensor, ...]) -> Tensor:
+        return replace(self._fields, d=numbers[0].detach()).step * self._spacing
+
+    def rebuilt(self, numbers: list[Tensor], codes: Tensor) -> Rounded:
+        dmin = numbers[1] if self._fields.dmin is not None else None
+        f = replace(self._fields, d=numbers[0], dmin=dmin, codes=codes)
+        return ggml.Blocks(f.format, ggml.pack(f))
 
 
-def _offsets(f: ggml.Fields) -> Tensor:
-    if f.m is None:
-        return -torch.ones(f.codes.shape)
-    return -f.m.float().repeat_interleave(f.format.sub, 1)
+def weight_of(value: Rounded) -> Weight:
+    """A rounded weight taken apart."""
+    return _Uniform(value) if isinstance(value, Codes) else _Ggml(value)
 
 
-def parts_of(value: Rounded) -> list[Part]:
-    """The stored numbers of a rounded weight; together they give exactly its ``dequantize()``."""
-    if isinstance(value, Codes):
-        return [Part(value.scales, lambda: _integers(value), on_grid)]
-    fields = value.fields()
-    parts = [Part(fields.d, lambda: _levels(fields), ggml.to_half)]
-    if fields.dmin is not None:
-        parts.append(Part(fields.dmin, lambda: _offsets(fields), ggml.to_half))
-    return parts
+def _moved(w: Weight, u: Tensor | None) -> Tensor:
+    """Codes, moved by the nearest whole number."""
+    return w.codes if u is None else (w.codes + torch.round(u)).clamp_(*w.range)
 
 
-def rebuilt(value: Rounded, numbers: list[Tensor]) -> Rounded:
-    """The same codes with other stored numbers, one tensor per part."""
-    if isinstance(value, Codes):
-        return replace(value, scales=numbers[0])
-    fields = value.fields()
-    dmin = numbers[1] if fields.dmin is not None else None
-    return ggml.Blocks(value.format, ggml.pack(replace(fields, d=numbers[0], dmin=dmin)))
-
-
-def _dense(parts: list[Part], numbers: tuple[Tensor, ...]) -> Tensor:
+def _dense(w: Weight, u: Tensor | None, numbers: tuple[Tensor, ...]) -> Tensor:
     total: Tensor | None = None
-    for part, x in zip(parts, numbers, strict=True):
-        c = part.coefficient()
-        out = c.shape[0]
-        term = c.view(*x.shape, -1).mul_(x[..., None]).view(out, -1)
+    for c, x in zip(w.coefficients(_moved(w, u)), numbers, strict=True):
+        term = c.view(*x.shape, -1).mul_(x[..., None]).view(c.shape)
         total = term if total is None else total.add_(term)
     assert total is not None
     return total
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T`` whose weight is made from its parts when it is needed, forwards and backwards."""
+    """``x @ weight.T`` whose weight is made when it is needed, forwards and backwards."""
 
     @staticmethod
-    def forward(ctx: Any, parts: list[Part], x: Tensor, *numbers: Tensor) -> Tensor:
-        ctx.parts = parts
-        ctx.save_for_backward(x, *numbers)
-        return torch.nn.functional.linear(x, _dense(parts, numbers))
+    def forward(ctx: Any, w: Weight, x: Tensor, u: Tensor | None, *numbers: Tensor) -> Tensor:
+        ctx.weight = w
+        ctx.save_for_backward(x, u, *numbers)
+        return torch.nn.functional.linear(x, _dense(w, u, numbers))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, *numbers = ctx.saved_tensors
-        dx = grad @ _dense(ctx.parts, tuple(numbers)) if ctx.needs_input_grad[1] else None
+        x, u, *numbers = ctx.saved_tensors
+        w: Weight = ctx.weight
+        dx = grad @ _dense(w, u, tuple(numbers)) if ctx.needs_input_grad[1] else None
         dw = grad.flatten(0, -2).T @ x.flatten(0, -2)
         pulled = [
-            p.coefficient().mul_(dw).view(*n.shape, -1).sum(-1)
-            for p, n in zip(ctx.parts, numbers, strict=True)
+            c.mul_(dw).view(*n.shape, -1).sum(-1)
+            for c, n in zip(w.coefficients(_moved(w, u)), numbers, strict=True)
         ]
-        return None, dx, *pulled
+        du = None
+        if u is not None:
+            step = w.step(tuple(numbers))
+            du = dw.view(*step.shape, -1).mul_(step[..., None]).view(dw.shape)
+        return None, dx, du, *pulled
 
 
 class Gain:
@@ -148,36 +186,67 @@ class Block:
     Args:
         values: canonical name -> rounded weight.
         gains: canonical name -> norm.
+        originals: canonical name -> the weight before rounding, where codes may move too.
     """
 
-    def __init__(self, values: Mapping[str, Rounded], gains: Mapping[str, Gain]) -> None:
+    def __init__(
+        self, values: Mapping[str, Rounded], gains: Mapping[str, Gain],
+        originals: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.values, self.gains = dict(values), dict(gains)
-        self._parts = {n: parts_of(v) for n, v in values.items()}
+        self._weights = {n: weight_of(v) for n, v in values.items()}
+        self._originals = originals
 
-    def zeros(self) -> Shifts:
-        """No shift of anything."""
-        shifts = {n: [torch.zeros_like(p.start) for p in ps] for n, ps in self._parts.items()}
+    def begin(self) -> Shifts:
+        """Nothing has moved yet."""
+        shifts = {
+            n: [torch.zeros_like(x) for x in w.numbers] + self._taken(n, w)
+            for n, w in self._weights.items()
+        }
         return shifts | {n: [torch.zeros_like(g.start)] for n, g in self.gains.items()}
 
+    def _taken(self, name: str, w: Weight) -> list[Tensor]:
+        """What rounding took away, in codes."""
+        if self._originals is None:
+            return []
+        step = w.step(tuple(w.numbers))
+        lost = self._originals[name] - _dense(w, None, tuple(w.numbers))
+        grouped = lost.view(*step.shape, -1) / torch.where(step == 0, 1.0, step)[..., None]
+        return [grouped.view(lost.shape).clamp(-_INSIDE, _INSIDE)]
+
+    def kinds(self) -> dict[str, list[str]]:
+        """What each shift is of: :data:`NUMBER`, :data:`GAIN` or :data:`CODE`."""
+        codes = [] if self._originals is None else [CODE]
+        kinds = {n: [NUMBER] * len(w.numbers) + codes for n, w in self._weights.items()}
+        return kinds | {n: [GAIN] for n in self.gains}
+
     def numbers(self, name: str, shifts: Shifts) -> list[Tensor]:
-        """What is stored of a tensor under these shifts, differentiable."""
+        """What is stored of a tensor under these shifts, but for its codes; differentiable."""
         if name in self.gains:
             gain = self.gains[name]
             return [through(gain.moved(shifts[name][0]), gain.snap)]
-        pairs = zip(self._parts[name], shifts[name], strict=True)
-        return [through(p.start * (1.0 + t), _keeping(p)) for p, t in pairs]
+        w = self._weights[name]
+        return [
+            through(x * (1.0 + t), _keeping(x, w.snap))
+            for x, t in zip(w.numbers, shifts[name], strict=False)
+        ]
 
     def norms(self, shifts: Shifts) -> dict[str, Tensor]:
         """The gains under these shifts, differentiable."""
         return {n: self.numbers(n, shifts)[0] for n in self.gains}
 
+    def _codes(self, name: str, shifts: Shifts) -> Tensor | None:
+        return None if self._originals is None else shifts[name][-1]
+
     def linear(self, shifts: Shifts) -> tg.Linear:
         """Applies the rounded weights under these shifts, differentiable; others as they are."""
 
         def run(name: str, x: Tensor, weight: Tensor) -> Tensor:
-            if name not in self._parts:
+            if name not in self._weights:
                 return tg.plain_linear(name, x, weight)
-            y: Tensor = _Product.apply(self._parts[name], x, *self.numbers(name, shifts))  # type: ignore[no-untyped-call]
+            y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+                self._weights[name], x, self._codes(name, shifts), *self.numbers(name, shifts)
+            )
             return y
 
         return run
@@ -185,17 +254,16 @@ class Block:
     @torch.no_grad()
     def result(self, shifts: Shifts) -> tuple[dict[str, Rounded], dict[str, Tensor]]:
         """Weights and gains as they are stored under these shifts."""
-        values = {n: rebuilt(v, self.numbers(n, shifts)) for n, v in self.values.items()}
+        values = {}
+        for name, w in self._weights.items():
+            codes = _moved(w, self._codes(name, shifts)).to(torch.uint8)
+            values[name] = w.rebuilt(self.numbers(name, shifts), codes)
         return values, {n: x.clone() for n, x in self.norms(shifts).items()}
 
 
-def _keeping(part: Part) -> Snap:
+def _keeping(start: Tensor, snap: Snap) -> Snap:
     """Unmoved numbers stay what they are to the bit."""
-
-    def snap(x: Tensor) -> Tensor:
-        return torch.where(x == part.start, part.start, part.snap(x))
-
-    return snap
+    return lambda x: torch.where(x == start, start, snap(x))
 
 
 class Adam:
@@ -203,14 +271,16 @@ class Adam:
 
     Args:
         shifts: changed in place.
-        rates: name -> learning rate.
-        state: as :meth:`arrays` gave it.
+        kinds: of each, see :meth:`Block.kinds`.
+        rates: kind -> learning rate.
     """
 
     BETAS = (0.9, 0.95)
 
-    def __init__(self, shifts: Shifts, rates: Mapping[str, float]) -> None:
-        self.shifts, self.rates = shifts, dict(rates)
+    def __init__(
+        self, shifts: Shifts, kinds: Mapping[str, list[str]], rates: Mapping[str, float]
+    ) -> None:
+        self.shifts, self._kinds, self._rates = shifts, dict(kinds), dict(rates)
         self.first = {n: [torch.zeros_like(t) for t in ts] for n, ts in shifts.items()}
         self.second = {n: [torch.zeros_like(t) for t in ts] for n, ts in shifts.items()}
 
@@ -227,14 +297,17 @@ class Adam:
         one, two = self.BETAS
         for name in names:
             rows = zip(
-                self.shifts[name], gradients[name], self.first[name], self.second[name], strict=True
-            )
-            for t, g, m, v in rows:
+                self.shifts[name], gradients[name], self.first[name], self.second[name],
+                self._kinds[name], strict=True,
+            )  # fmt: skip
+            for t, g, m, v, kind in rows:
                 m.lerp_(g, 1 - one)
                 v.mul_(two).addcmul_(g, g, value=1 - two)
                 size = (v / (1 - two**count)).sqrt_().add_(1e-30)
-                t.sub_(self.rates[name] * factor * (m / (1 - one**count)) / size)
-                t.clamp_(-LIMIT, LIMIT)
+                t.sub_(
+                    size.reciprocal_().mul_(m).mul_(self._rates[kind] * factor / (1 - one**count))
+                )
+                t.clamp_(-LIMITS[kind], LIMITS[kind])
 
 
 def arrays_of(prefix: str, shifts: Shifts) -> dict[str, np.ndarray]:

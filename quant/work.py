@@ -36,7 +36,7 @@ from . import ggml
 from .calibration import Calibration
 from .choose import Rounded, Target
 from .scheme import Codes, Scheme
-from .tunable import rebuilt
+from .tunable import weight_of
 
 SUFFIX = ".quantizing"
 VERSION = 1
@@ -167,13 +167,24 @@ class Work:
         line = self._calibration
         if line is None:
             return None
-        ids = np.load(self.path / _IDS, allow_pickle=False)
+        ids = self._loaded_ids()
         lengths = [int(n) for n in line["lengths"]]
         parts = np.split(ids, np.cumsum(lengths)[:-1])
         found = Calibration(
             line["source"], tuple(parts[: line["train"]]), tuple(parts[line["train"] :])
         )
         if found.sha256 != line["sha256"]:
+            raise self._damaged(_IDS)
+        return found
+
+    def _loaded_ids(self) -> np.ndarray:
+        try:
+            found = np.load(self.path / _IDS, allow_pickle=False)
+        except OSError as e:
+            raise FileIOError(f"cannot read: {e.strerror or e}.", where=self.path / _IDS) from e
+        except (ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as e:
+            raise self._damaged(_IDS) from e
+        if not isinstance(found, np.ndarray) or found.ndim != 1:
             raise self._damaged(_IDS)
         return found
 
@@ -309,7 +320,10 @@ class Work:
     def final(self, layer: int, name: str, target: Target) -> Rounded:
         """A weight as it shall be written."""
         value, numbers = self.load(layer, name, target), self.tuned_numbers(name)
-        return rebuilt(value, numbers) if numbers else value
+        if not numbers:
+            return value
+        weight = weight_of(value)
+        return weight.rebuilt(numbers, weight.codes)
 
     def final_floats(self, layers: int) -> dict[str, Tensor]:
         """Tuned tensors as they shall be written, the final norm among them."""

@@ -53,10 +53,10 @@ def _codes(value: Rounded) -> Tensor:
 def test_unmoved_parameters_are_the_weight_and_gradients_reach_them(target: Target) -> None:
     _, value = _rounded(target)
     block = Block({"w": value}, {})
-    again, _ = block.result(block.zeros())
+    again, _ = block.result(block.begin())
     assert torch.equal(again["w"].dequantize(), value.dequantize())
     x = torch.randn(3, 5, 512, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    leaves: Shifts = {"w": [t.requires_grad_() for t in block.zeros()["w"]]}
+    leaves: Shifts = {"w": [t.requires_grad_() for t in block.begin()["w"]]}
     y = block.linear(leaves)("w", x, torch.empty(0))
     dense = value.dequantize().requires_grad_()
     expected = torch.nn.functional.linear(x, dense)
@@ -76,7 +76,7 @@ def test_unmoved_parameters_are_the_weight_and_gradients_reach_them(target: Targ
 def test_moved_parameters_are_storable_and_codes_are_the_same(target: Target) -> None:
     _, value = _rounded(target)
     block = Block({"w": value}, {})
-    shifts = block.zeros()
+    shifts = block.begin()
     for t in shifts["w"]:
         t.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(3))
     moved = block.result(shifts)[0]["w"]
@@ -95,11 +95,36 @@ def test_moved_parameters_are_storable_and_codes_are_the_same(target: Target) ->
     assert all(bool(torch.isfinite(n).all()) for n in numbers)
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_codes_that_may_move_begin_where_they_are_and_stay_in_range(target: Target) -> None:
+    w, value = _rounded(target)
+    block = Block({"w": value}, {}, {"w": w})
+    shifts = block.begin()
+    assert torch.equal(block.result(shifts)[0]["w"].dequantize(), value.dequantize())
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(1))
+    leaves: Shifts = {"w": [t.clone().requires_grad_() for t in shifts["w"]]}
+    block.linear(leaves)("w", x, torch.empty(0)).sum().backward()
+    slope = leaves["w"][-1].grad
+    assert slope is not None
+    # one code more in a column: the outputs' sum grows by the step times the column's inputs
+    table = isinstance(target, str) and FORMATS[target].table is not None
+    if not table:
+        more = {"w": [*shifts["w"][:-1], torch.round(shifts["w"][-1])]}
+        more["w"][-1][2, 7] += -1.0 if _codes(value)[2, 7] > 1 else 1.0
+        moved = block.result(more)[0]["w"].dequantize() - value.dequantize()
+        sign = float(more["w"][-1][2, 7])
+        assert float((x @ moved.T).sum()) == pytest.approx(sign * float(slope[2, 7]), rel=1e-2)
+    far = {"w": [*shifts["w"][:-1], torch.full_like(shifts["w"][-1], 1e3)]}
+    back = _codes(block.result(far)[0]["w"])
+    assert bool((back == back.max()).all())
+    assert int(back.max()) >= int(_codes(value).max())
+
+
 def test_gains_keep_their_dtype() -> None:
     start = torch.tensor([0.5, -1.0, 3.0, -0.25])
     gain = Gain(start, "bfloat16")
     block = Block({}, {"n": gain})
-    assert torch.equal(block.result(block.zeros())[1]["n"], start)
+    assert torch.equal(block.result(block.begin())[1]["n"], start)
     moved = block.result({"n": [torch.full((4,), 0.013)]})[1]["n"]
     assert torch.equal(moved, moved.bfloat16().float())
     assert bool((moved > start).all())  # also where the norm multiplied with nothing
@@ -168,8 +193,25 @@ def test_tuning_gains_and_never_loses_by_what_it_watches() -> None:
     assert told["steps"] < 40
 
 
+def test_codes_move_to_where_inputs_want_them() -> None:
+    w, value = _rounded(Scheme(2, 32))
+    block = Block({"w": value}, {}, {"w": w})
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(6, 4, 32, 16, generator=g) @ torch.randn(16, 512, generator=g)
+
+    def run(inputs: Tensor, shifts: Shifts) -> Tensor:
+        return block.linear(shifts)("w", inputs, w)
+
+    shifts, told = tune_block(
+        block, run, lambda i: (x[i], x[i] @ w.T), [0, 1, 2, 3], [4, 5],
+        Tuning(steps=60, every=10, code_rate=2e-2),
+    )  # fmt: skip
+    assert told["after"] < 0.6 * told["before"]
+    assert (_codes(block.result(shifts)[0]["w"]) != _codes(value)).float().mean() > 0.05
+
+
 def test_a_loss_that_is_not_finite_is_named() -> None:
-    fit = Fit.begin({"w": [torch.zeros(2)]}, set(), Tuning(steps=1, every=1))
+    fit = Fit.begin({"w": [torch.zeros(2)]}, {"w": ["number"]}, Tuning(steps=1, every=1))
     with pytest.raises(NonFiniteError, match=r"model\.layers\.3"):
         fit.look(float("nan"), "model.layers.3")
 
@@ -271,6 +313,12 @@ def test_codes_are_those_that_were_chosen(
     for name in (n for n in plain[1] if ".layers.0." in n):  # later ones see other inputs
         assert torch.equal(_codes(plain[1][name]), _codes(whole[1][name]))
     assert not any(isinstance(x, Tensor) for x in plain[1].values())
+
+
+def test_a_run_that_moves_codes(fixture: Checkpoint, tmp_path: Path) -> None:
+    report, codes = _run(fixture, tmp_path / "w", recover="codes")
+    assert report["quality"]["kl"] == pytest.approx(_kl(fixture, codes), rel=1e-3)
+    assert all(b["tuned"]["after"] <= b["tuned"]["before"] for b in report["blocks"])
 
 
 # 28 weights, then a call per step of the end-to-end stage
