@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from configs import small
-from memory import checkpoint, random_weights
+from memory import checkpoint
+from verify_cases import model
 
 from g2kit.convert import convert, open_checkpoint
 from g2kit.convert.open import Checkpoint
@@ -65,15 +66,6 @@ class FakeFloor:
 
 
 FLOOR = FakeFloor()
-
-
-def model(arch: str = "gemma2-2b", scale: float = 0.3, seed: int = 1) -> Checkpoint:
-    """A random model of four layers and a window of four, in memory."""
-    config = small(arch, layers=4)
-    weights = random_weights(config, seed)
-    return checkpoint(
-        config, {n: (w.astype(F32) * F32.type(scale)).astype(F32) for n, w in weights.items()}
-    )
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from configs import ARCHITECTURES, small
-from memory import checkpoint, random_weights
+from configs import ARCHITECTURES
+from verify_cases import model as random_model
 
 from g2kit.convert import convert, open_checkpoint
 from g2kit.convert.open import Checkpoint
-from g2kit.formats.dtypes import BF16, F32
+from g2kit.formats.dtypes import BF16
 from g2kit.formats.errors import (
     ConfigError,
     DependencyError,
@@ -48,16 +49,7 @@ LENGTH = 17  # more than four windows of the small models
 LLAMA_ATOL = 30 * 2.0**-11
 
 
-def model(
-    arch: str, seed: int = 1, *, layers: int = 3, dtype: np.dtype = F32, **sizes: int
-) -> Checkpoint:
-    """A random model whose soft-caps, norms and window matter, in memory."""
-    config = small(arch, layers=layers, **sizes)
-    weights = {
-        n: (w.astype(F32) * F32.type(0.3)).astype(dtype)
-        for n, w in random_weights(config, seed).items()
-    }
-    return checkpoint(config, weights)
+model = partial(random_model, layers=3)
 
 
 def ids(config: GemmaConfig, batch: int = 2, length: int = LENGTH, seed: int = 2) -> np.ndarray:

@@ -19,10 +19,21 @@ from g2kit.verify.floor import Floor, measure_floor
 from g2kit.verify.probes import Probe
 
 
-def model(arch: str = "gemma2-2b", seed: int = 1, layers: int = 4, **sizes: int) -> Checkpoint:
+def model(
+    arch: str = "gemma2-2b",
+    seed: int = 1,
+    layers: int = 4,
+    *,
+    scale: float = 0.3,
+    dtype: np.dtype = F32,
+    **sizes: int,
+) -> Checkpoint:
     """A random model whose soft-caps, norms and window matter, in memory."""
     config = small(arch, layers=layers, **sizes)
-    weights = {n: w.astype(F32) * F32.type(0.3) for n, w in random_weights(config, seed).items()}
+    weights = {
+        n: (w.astype(F32) * F32.type(scale)).astype(dtype)
+        for n, w in random_weights(config, seed).items()
+    }
     return checkpoint(config, weights)
 
 
