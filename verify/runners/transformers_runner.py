@@ -180,6 +180,9 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
                 path, dtype=dtype, attn_implementation="eager", output_loading_info=True,
                 local_files_only=True, trust_remote_code=False,
             )  # fmt: skip
+            if getattr(model, "hf_quantizer", None) is not None:
+                with torch.no_grad():
+                    model(torch.zeros(1, 1, dtype=torch.int64))  # the first pass unpacks
     except Exception as e:  # whatever its loaders raise
         raise FormatError(
             f"transformers {transformers.__version__} cannot load it: {_first_line(e)}",
