@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from configs import small
 from memory import checkpoint, random_weights
 
+from g2kit.convert import stream
 from g2kit.convert.api import convert_checkpoint
 from g2kit.convert.plan import Options
 from g2kit.model.config import GemmaConfig
@@ -46,3 +49,20 @@ def save(
     options = Options(to.pop("to", "safetensors"), **to)
     convert_checkpoint(checkpoint(config, weights), root, options)
     return root
+
+
+@contextmanager
+def stopped_after(tensors: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A conversion in it is stopped when so many tensors are done, as Ctrl-C does."""
+    real, done = stream.run_task, 0
+
+    def counted(*args: Any, **more: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done > tensors:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    with monkeypatch.context() as m:
+        m.setattr(stream, "run_task", counted)
+        yield

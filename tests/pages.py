@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
 
+import jsonschema
+
+from g2kit import report
+from g2kit.formats.errors import FormatError
 from g2kit.report import markup
 
 VOID = markup.VOID
@@ -140,3 +144,26 @@ def check_figures(text: str, least: int) -> None:
         assert "<table" in body
         assert 'class="wide"' in body
         assert 'class="small"' in body
+
+
+def accepted(document: dict[str, Any], *schema: str) -> bool:
+    """Whether a document is valid."""
+    try:
+        report.validate(document, *schema)
+    except FormatError:
+        return False
+    return True
+
+
+def validators_agree(document: dict[str, Any], turn: int, *schema: str) -> None:
+    """On a document wrong in one place, at every place: own validator and the library have one opinion."""
+    reference = jsonschema.Draft202012Validator(report.schema(*schema))
+    refused = 0
+    for i, path in enumerate(leaves(document)):
+        if path and path != ("schema",):
+            changed = copy.deepcopy(document)
+            put(changed, path, WRONG[(i + turn) % len(WRONG)])
+            ours = accepted(changed, *schema)
+            assert ours == reference.is_valid(changed), path
+            refused += not ours
+    assert refused > 50, "most places must refuse most values"

@@ -18,7 +18,7 @@ import click
 import command_case
 import numpy as np
 import pytest
-from command_case import Output, save
+from command_case import Output, save, stopped_after
 from configs import small
 from memory import checkpoint, random_weights
 
@@ -337,21 +337,10 @@ def test_one_shard_of_several_names_the_directory(run, tmp_path: Path) -> None:
 
 
 def interrupted(src: Path, dst: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    from g2kit.convert import convert, stream
+    from g2kit.convert import convert
 
-    real, done = stream.run_task, 0
-
-    def counted(*args: Any, **more: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done > 8:
-            raise KeyboardInterrupt
-        return real(*args, **more)
-
-    with monkeypatch.context() as m:
-        m.setattr(stream, "run_task", counted)
-        with pytest.raises(KeyboardInterrupt):
-            convert(src, dst, to="safetensors", **options)
+    with stopped_after(8, monkeypatch), pytest.raises(KeyboardInterrupt):
+        convert(src, dst, to="safetensors", **options)
     assert dst.with_name(f"{dst.name}.partial").is_dir()
 
 
@@ -424,19 +413,8 @@ def test_stopping_a_command_that_writes_nothing_says_so(run, monkeypatch) -> Non
 
 
 def test_stopping_a_conversion_says_where_the_rest_lies(run, tmp_path: Path, monkeypatch) -> None:
-    from g2kit.convert import stream
-
-    src, done, real = save(tmp_path / "src"), 0, stream.run_task
-
-    def counted(*args: Any, **more: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done > 8:
-            raise KeyboardInterrupt
-        return real(*args, **more)
-
-    with monkeypatch.context() as m:
-        m.setattr(stream, "run_task", counted)
+    src = save(tmp_path / "src")
+    with stopped_after(8, monkeypatch):
         status, _, err = run("safetensors-to-torch", src, tmp_path / "o")
     assert status == 130
     partial = tmp_path / "o.partial"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_case import stopped_after, tree
 from configs import small
 from memory import checkpoint, random_weights
 
@@ -34,10 +35,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small("gemma2-2b", layers=8, d=128, f=512, head_dim=32, vocab=2048)
     convert_checkpoint(checkpoint(config, random_weights(config, 1)), root, Options("safetensors"))
     return root
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize("to", ["flax", "torch"])
@@ -76,26 +73,21 @@ def test_killed_at_any_moment(to: str, source: Path, tmp_path: Path) -> None:
     assert tree(source) == before
 
 
+def damage(weights: Path) -> None:
+    """Other values everywhere in a safetensors file."""
+    data = bytearray(weights.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    for k in range(8 + header, len(data), 64):
+        data[k] ^= 1
+    weights.write_bytes(data)
+
+
 def interrupt(
     source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch, after: int = 20, **options: object
 ) -> None:
     """Stop a conversion after some tensors, as Ctrl-C does."""
-    from g2kit.convert import stream
-
-    done = 0
-    real = stream.run_task
-
-    def counted(*args: object, **more: object) -> object:
-        nonlocal done
-        done += 1
-        if done > after:
-            raise KeyboardInterrupt
-        return real(*args, **more)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as m:
-        m.setattr(stream, "run_task", counted)
-        with pytest.raises(KeyboardInterrupt):
-            convert(source, dst, **{"to": "flax", **options})  # type: ignore[arg-type]
+    with stopped_after(after, monkeypatch), pytest.raises(KeyboardInterrupt):
+        convert(source, dst, **{"to": "flax", **options})  # type: ignore[arg-type]
     assert dst.with_name(dst.name + ".partial").exists()
 
 
@@ -130,11 +122,7 @@ def test_a_source_that_changed_is_noticed_by_its_bytes(
     weights = copy / "model.safetensors"
     os.utime(weights, ns=(1, 1))  # touched, not changed: continues
     interrupt(copy, tmp_path / "dst", monkeypatch, after=5)
-    data = bytearray(weights.read_bytes())
-    header = int.from_bytes(data[:8], "little")
-    for k in range(8 + header, len(data), 64):
-        data[k] ^= 1
-    weights.write_bytes(data)
+    damage(weights)
     with pytest.raises(ResumeError, match="source changed"):
         convert(copy, tmp_path / "dst", to="flax")
     convert(copy, tmp_path / "dst", to="flax", resume=False)
@@ -148,11 +136,7 @@ def test_a_source_replaced_with_its_size_and_time_kept_is_noticed(
     interrupt(copy, tmp_path / "dst", monkeypatch)
     weights = copy / "model.safetensors"
     before = weights.stat()
-    data = bytearray(weights.read_bytes())
-    header = int.from_bytes(data[:8], "little")
-    for k in range(8 + header, len(data), 64):
-        data[k] ^= 1
-    weights.write_bytes(data)
+    damage(weights)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(ResumeError, match=r"model\..*: the source changed.*--no-resume"):
         convert(copy, tmp_path / "dst", to="flax")
