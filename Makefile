@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := torch,jax,consumers,test,dev
 
-.PHONY: demo test test-slow test-llama lint bench clean
+.PHONY: demo test test-slow test-llama test-mlx lint bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -29,6 +29,10 @@ test-llama: $(VENV)/ready
 	@# llama.cpp is compiled here: several minutes
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" $(PIP) install -q -c constraints.txt 'llama-cpp-python==0.3.36'
 	$(BIN)/python -m pytest -q -m llama
+
+test-mlx: $(VENV)/ready
+	$(PIP) install -q -c constraints.txt 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	$(BIN)/python -m pytest -q -m mlx
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check -q .

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..formats.arena import Memory, recycled
 from ..formats.dtypes import BF16, BY_SHORT, F16, F32, short
+from ..formats.errors import NonFiniteError
 from ..formats.fingerprint import TensorHasher, leaf
 from ..formats.fingerprint import fingerprint as fingerprint_of
 from ..formats.manifest import TensorEntry
@@ -88,12 +89,32 @@ def meanwhile(work: Callable[[], None]) -> Future[None]:
     return _lane.hasher.submit(work)
 
 
-def digest(tensor: LazyTensor, progress: Progress = no_progress) -> TensorEntry:
-    """Hash one tensor's canonical bytes."""
+def digest(
+    tensor: LazyTensor, progress: Progress = no_progress, *, finite: bool = False
+) -> TensorEntry:
+    """Hash one tensor's canonical bytes.
+
+    Args:
+        tensor: what to hash.
+        progress: told of bytes read.
+        finite: refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
     hasher = TensorHasher(tensor.name, tensor.dtype, tensor.shape)
+    bad = 0
     for _, _, rows in read_ahead(tensor.blocks()):
         hasher.update(rows)
+        bad += count_nonfinite(rows) if finite else 0
         progress(rows.nbytes, tensor.name)
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {math.prod(tensor.shape)} weights are NaN or infinite.",
+            where=tensor.source.where,
+            tensor=tensor.name,
+            fix="get the checkpoint again; nothing was written.",
+        )
     return entry(hasher)
 
 
@@ -109,12 +130,16 @@ def is_zero(record: TensorEntry) -> bool:
 
 
 def digests(
-    checkpoint: Checkpoint, progress: Progress = no_progress, workers: int = WORKERS
+    checkpoint: Checkpoint,
+    progress: Progress = no_progress,
+    workers: int = WORKERS,
+    *,
+    finite: bool = False,
 ) -> dict[str, TensorEntry]:
-    """Hash every tensor of a checkpoint, padding rows included when there are any."""
+    """Hash every tensor of a checkpoint, padding rows included when there are any; ``finite`` as in :func:`digest`."""
 
     def job(tensor: LazyTensor) -> Callable[[], TensorEntry]:
-        return lambda: digest(tensor, progress)
+        return lambda: digest(tensor, progress, finite=finite)
 
     return run_all({n: job(t) for n, t in checkpoint.tensors.items()}, workers)
 

@@ -194,6 +194,11 @@ class Sidecars:
         """The model's configuration as an earlier conversion noted it."""
         return self.own_manifest.config if self.own_manifest and self.manifest_fits else None
 
+    @cached_property
+    def manifest_tensors(self) -> Mapping[str, manifest.TensorEntry] | None:
+        """Canonical name -> what the manifest of exactly these files says of the tensor; None without one."""
+        return self.own_manifest.tensors if self.own_manifest and self.manifest_fits else None
+
     @property
     def has_own_manifest(self) -> bool:
         """Whether the manifest speaks of this single file, which a config.json beside it may not."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..convert.open import Checkpoint
+from ..formats import manifest as manifests
 from ..formats import safetensors, strict_json
 from ..formats.base import Array, Slot, Source
 from ..formats.dtypes import BF16, F32
@@ -186,15 +187,20 @@ def _arrays(name: str, value: Codes | Tensor) -> dict[str, Array]:
 
 
 def write_codes(
-    dst: str | Path, codes: Mapping[str, Codes | Tensor], checkpoint: Checkpoint, **options: Any
+    dst: str | Path,
+    codes: Mapping[str, Codes | Tensor],
+    checkpoint: Checkpoint,
+    *,
+    notes: tuple[str, ...] = (),
+    **options: Any,
 ) -> Path:
-    """Write codes that are in memory; options as :class:`CodesWriter`."""
+    """Write codes that are there already; notes go into the manifest, other options as :class:`CodesWriter`."""
     schemes = {n: v.scheme if isinstance(v, Codes) else None for n, v in codes.items()}
     with CodesWriter(dst, schemes, checkpoint, **options) as writer:
         for name, value in codes.items():
             if name not in writer.done:
                 writer.add(name, value)
-        writer.finish()
+        writer.finish(notes)
     return Path(dst)
 
 
@@ -232,7 +238,14 @@ class CodesFile(Mapping[str, Codes | Tensor]):
         self.source_fingerprint = fingerprint if isinstance(fingerprint, str) else None
         self.config: dict[str, Any] = config if isinstance(config, dict) else {}
         self._schemes, self._shapes = _described_tensors(document.get("tensors"), where)
-        self._source: Source = safetensors.open_source(self.path / f"{_STEM}.safetensors")
+        weights = self.path / f"{_STEM}.safetensors"
+        if not weights.is_file():
+            raise NotFoundError(
+                f"{NAME} is here, {weights.name} is not.",
+                where=self.path,
+                fix="copy the whole directory, or quantize again.",
+            )
+        self._source: Source = safetensors.open_source(weights)
         try:
             self._check()
         except BaseException:
@@ -259,6 +272,22 @@ class CodesFile(Mapping[str, Codes | Tensor]):
             raise ShapeError(
                 f"of another type or shape than {NAME} says: {listing(wrong)}.", where=self.path
             )
+
+    def check(self) -> None:
+        """Compare every file with the manifest, byte for byte.
+
+        Raises:
+            FormatError: there is no manifest.
+            ChecksumError: a file is not what was written; names it.
+        """
+        at = manifests.path_for(self.path)
+        if not at.is_file():
+            raise FormatError(
+                f"there is no {manifests.NAME}: the directory is not complete.",
+                where=self.path,
+                fix="copy the whole directory, or quantize again.",
+            )
+        manifests.check_files(self.path, manifests.load(at))
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of a weight, None for floats; without reading it."""

@@ -25,7 +25,7 @@ from ..convert.plan import Options, Task, dtype_label, plan_conversion
 from ..convert.stream import TaskRecord, run_task
 from ..formats.base import Array, ContainerPlan, Slot, iter_row_blocks
 from ..formats.dtypes import F32
-from ..formats.errors import ConflictError, G2Error, ParityError, UsageError
+from ..formats.errors import G2Error, ParityError, UsageError
 from ..formats.fingerprint import TensorHasher
 from ..formats.manifest import LossyStep, Manifest, TensorEntry
 from ..formats.names import listing
@@ -34,7 +34,14 @@ from ..formats.packed.table import FORMATS
 from ..formats.packed.uniform import Grid
 from ..model import canonical
 from ..model.config_formats import to_plain
-from .export_plan import Value, effective, embedding_scheme, grids_of, schemes_of
+from .export_plan import (
+    Value,
+    effective,
+    embedding_scheme,
+    grids_of,
+    require_same_source,
+    schemes_of,
+)
 from .export_targets import TARGETS, Target, caveats, target_of
 from .grid import plain_grid, quantize_to
 from .rows import Rows, read_rows
@@ -119,6 +126,15 @@ def require_format(
         UsageError: the format cannot hold a scheme; names those that can.
     """
     return grids_of(target_of(format), schemes, checkpoint)
+
+
+def planned_bytes(
+    codes: Codebook, checkpoint: Checkpoint, dst: Path, format: str, *, dtype: str = "keep",
+    max_shard_size: int | None = None, tokenizer: str | None = None,
+) -> int:  # fmt: skip
+    """Bytes of the files of weights that :func:`export` would write; ``codes`` need to know ``scheme_of`` only."""
+    job = _Export(codes, checkpoint, dst, target_of(format), dtype, max_shard_size, tokenizer)
+    return sum(f.size for f in job.files.files)
 
 
 class _Export:
@@ -217,8 +233,8 @@ class _Export:
             self.checkpoint.source.check_unchanged()
             meter.start(self.plan.nbytes, "checking")
             self._check(out.seal(), dense, packed, meter)
-            self.notes += out.notes
             manifest = out.finish(self._manifest(dense, packed))
+            self.notes += out.notes  # of this run: the manifest is the same after an interruption
         return self._report(manifest, packed)
 
     def _write(
@@ -336,7 +352,7 @@ class _Export:
             source[name] = digest.digest(self.checkpoint.tensors[name])
         if (dropped := records[canonical.EMBED].dropped) is not None:
             source[canonical.EMBED_PADDING] = dropped
-        _require_same_source(self.codes, digest.root(source), self.checkpoint)
+        require_same_source(self.codes, digest.root(source), self.checkpoint)
         steps: dict[str, dict[str, int]] = {}
         for name, record in packed.items():
             steps.setdefault(f"quantize {self.schemes[name]}", {})[name] = record.changed
@@ -379,19 +395,6 @@ class _Export:
             "files": {n: {"size": f.size, "sha256": f.sha256} for n, f in manifest.files.items()},
             "notes": self.notes,
         }
-
-
-def _require_same_source(codes: Codebook, found: str, checkpoint: Checkpoint) -> None:
-    """Codes that know what they were made from are not put beside other norms and embeddings."""
-    wanted = getattr(codes, "source_fingerprint", None)
-    if wanted is not None and wanted != found:
-        raise ConflictError(
-            "the codes were made from other weights than this checkpoint's.",
-            where=checkpoint.path,
-            fix="pass the checkpoint that was quantized.",
-            found=found,
-            expected=wanted,
-        )
 
 
 def _dequantized(codes: Codes, start: int, stop: int) -> Array:

@@ -17,7 +17,7 @@ from ..convert.open import Checkpoint, LazyTensor
 from ..convert.sidecar_files import CONFIG
 from ..formats.base import Array, Index, Tensor
 from ..formats.dtypes import BF16, F16, F32
-from ..formats.errors import NonFiniteError, ShapeError, UsageError
+from ..formats.errors import ConflictError, NonFiniteError, ShapeError, UsageError
 from ..formats.names import listing
 from ..formats.packed.table import require
 from ..formats.packed.uniform import Grid
@@ -118,6 +118,28 @@ def grids_of(
     require(target.name, grids)
     target.settings({n.removesuffix(".weight"): s for n, s in schemes.items()}, [])
     return grids
+
+
+def require_same_source(codes: Any, found: str, checkpoint: Checkpoint) -> None:
+    """Codes that know what they were made from are not put beside other norms and embeddings.
+
+    Args:
+        codes: what is exported; one with a ``source_fingerprint`` is held to it.
+        found: fingerprint of the checkpoint's weights.
+        checkpoint: for the message.
+
+    Raises:
+        ConflictError: they differ.
+    """
+    wanted = getattr(codes, "source_fingerprint", None)
+    if wanted is not None and wanted != found:
+        raise ConflictError(
+            "the codes were made from other weights than this checkpoint's.",
+            where=checkpoint.path,
+            fix="pass the checkpoint that was quantized.",
+            found=found,
+            expected=wanted,
+        )
 
 
 # ---------------------------------------------------------------- the checkpoint as it will be

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..convert.open import Checkpoint, LazyTensor
 from ..formats.base import Array
-from ..formats.errors import UsageError
+from ..formats.dtypes import F32
+from ..formats.errors import ChecksumError, UsageError
+from ..formats.fingerprint import TensorHasher
 from ..formats.packed.torch_int8 import TorchInt8Weight
 from ..formats.packed.uniform import UniformWeight
 from .scheme import BITS, GROUP_SIZES, Codes, Scheme
@@ -119,10 +121,12 @@ class CheckpointCodes(Mapping[str, Codes | Tensor]):
 
     Raises:
         UsageError: it holds no quantized weights, or such that have no codes (GGUF's k-quants).
+        ChecksumError: on reading a weight that is not the one of the checkpoint's manifest.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tensors = {n: checkpoint.tensors[n] for n in checkpoint.quantized}
+        self._entries = checkpoint.sidecars.manifest_tensors or {}
         if not self._tensors:
             raise UsageError(
                 "nothing in this checkpoint is quantized.",
@@ -149,7 +153,26 @@ class CheckpointCodes(Mapping[str, Codes | Tensor]):
         tensor, scheme = self._tensors[name], self._schemes[name]
         rows = read_rows(tensor, 0, tensor.shape[0])
         zeros = None if scheme.symmetric else torch.from_numpy(rows.zeros.copy())
-        return Codes(scheme, torch.from_numpy(rows.codes), torch.from_numpy(rows.scales), zeros)
+        codes = Codes(scheme, torch.from_numpy(rows.codes), torch.from_numpy(rows.scales), zeros)
+        self._require_promised(name, codes)
+        return codes
+
+    def _require_promised(self, name: str, codes: Codes) -> None:
+        """The weight whose hash the checkpoint's own manifest has, where it has one."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return
+        hasher = TensorHasher(name, F32, tuple(codes.codes.shape))
+        hasher.update(codes.dequantize().numpy() + np.float32(0))  # -0 is 0, as readers have it
+        if hasher.hexdigest() != entry.sha256:
+            raise ChecksumError(
+                "its codes are not those that the checkpoint's manifest names; a file was damaged or exchanged.",
+                where=self._tensors[name].source.where,
+                tensor=name,
+                fix="get the checkpoint again.",
+                found=hasher.hexdigest(),
+                expected=entry.sha256,
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

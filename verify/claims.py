@@ -146,6 +146,8 @@ def _w2(e: Evidence, rule: Rule) -> Claim:
         )
         return rule.claim(FAIL, f"{text}: {_named(bad)}.", proof)
     text = f"{len(rows)} changed tensors are within the bounds of their formats"
+    kept = sum(r.promised is True for r in rows)
+    text += f", {kept} of them what the candidate's manifest names, bit for bit" if kept else ""
     return rule.claim(
         PASS, f"{text}; largest relative error {max(errors, default=0.0):.2g}.", proof
     )

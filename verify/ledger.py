@@ -34,6 +34,7 @@ class Row:
         nonfinite: NaN and infinite elements of the candidate.
         reference_nonfinite: those of the reference.
         zero_rows: rows of a matrix that are all zero in the candidate.
+        promised: of a packed tensor, whether its hash is the one in the candidate's manifest; None without a manifest.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     nonfinite: int = 0
     reference_nonfinite: int = 0
     zero_rows: int = 0
+    promised: bool | None = None
 
     @property
     def lossy(self) -> bool:

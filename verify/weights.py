@@ -6,8 +6,9 @@ A row of the ledger is a tensor. Its rule follows from how the candidate holds i
 - a wider type: the same values (W1);
 - a narrower type, or an arithmetic step of the format (1 + w, a folded scale): the correctly rounded value, so at most
   half a unit in the last place of the stored number (W2);
-- fewer bits: RMS error within half a quantization step (uniform rounding errors have 0.29; error compensation such as
-  GPTQ's stays below 0.5), no row beyond one step (W2).
+- fewer bits: RMS error within three quarters of a quantization step (uniform rounding errors have 0.29; error compensation
+  such as GPTQ's has up to 0.5, the more the fewer tokens it was calibrated on), no row beyond one step or further from the
+  reference than zeros are; and where the candidate's manifest names the tensor, its hash (W2).
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from .ledger import (
     findings,
     fingerprints,
 )  # fmt: skip
+from .promised import as_promised
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[int, str], None]
 
-HALF_STEP, ROW_STEPS = 0.5, 1.0
+RMS_STEPS, ROW_STEPS = 0.75, 1.0
 _SLACK = 1e-3  # of a step: a format's own float32 arithmetic is rounded before the number is
 BLOCK_BYTES = 4 << 20  # of a tensor at a time; where bits differ, a dozen times that in float64
 MANTISSA = {"bf16": (7, -126), "f16": (10, -14), "f32": (23, -126), "f64": (52, -1022)}
@@ -66,6 +68,7 @@ def compare_weights(
         part: ``(i, n)``: only every n-th tensor from the i-th on.
     """
     names = [*ref.tensors, *(n for n in cand.tensors if n not in ref.tensors)]
+    entries = cand.sidecars.manifest_tensors
 
     def job(name: str) -> Callable[[], Row]:
         def work() -> Row:
@@ -74,7 +77,7 @@ def compare_weights(
                 return _one_sided(name, one, two)
             if one.shape != two.shape:  # only rows past the vocabulary may be differently many
                 return _other_shape(one, two)
-            return compare_tensor(one, two, progress)
+            return as_promised(compare_tensor(one, two, progress), entries)
 
         return work
 
@@ -143,7 +146,8 @@ class _Pair:
         self.error: list[float] = []
         self.squared_step: list[float] = []
         self.max_steps = self.worst_row = 0.0
-        self.worst_row_at = 0
+        self.worst_row_at = self.max_at = 0
+        self.lost_row: int | None = None  # no nearer to the reference than zeros
         self.plus_one = 0
         self.shifts: set[int] = set()
         self.unread = False  # equal blocks are no part of ``signal`` yet
@@ -221,7 +225,10 @@ class _Pair:
         grouped = d.reshape(*step.shape[:-1], -1)  # step has a last axis of 1
         with np.errstate(invalid="ignore", divide="ignore"):
             steps = np.where(step > 0, np.abs(grouped) / step, np.where(grouped == 0, 0.0, np.inf))
-        self._most(np.where(np.isfinite(steps), steps, 1e9))
+        steps = np.where(np.isfinite(steps), steps, 1e9)
+        if steps.size and steps.max() > self.max_steps:
+            self.max_at = start * math.prod(self.ref.shape[1:]) + int(np.argmax(steps))
+        self._most(steps)
         width = grouped.shape[-1]
         self.squared_step.append(_square(step) * width)
         rows = len(d) if d.ndim > 1 else 1
@@ -229,6 +236,9 @@ class _Pair:
         allowed = (np.square(step) * width).reshape(rows, -1).sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = np.sqrt(np.where(allowed > 0, error / allowed, np.where(error > 0, 1e18, 0.0)))
+        lost = (error >= np.square(wide).reshape(rows, -1).sum(1)) & (error > 0)
+        if self.lost_row is None and lost.any():
+            self.lost_row = start + int(np.argmax(lost))
         worst = int(np.argmax(ratio))
         if ratio[worst] > self.worst_row:
             self.worst_row, self.worst_row_at = float(ratio[worst]), start + worst
@@ -271,7 +281,7 @@ BOUNDS = {
     WIDENED: "equal values",
     NARROWED: "at most 0.5 units in the last place of the narrower type",
     STEP: "at most 0.5 units in the last place of the stored number",
-    QUANTIZED: "RMS at most 0.5 quantization steps, no row above 1",
+    QUANTIZED: f"RMS at most {RMS_STEPS:g} quantization steps, no row above {ROW_STEPS:g} or further off than zeros",
 }
 
 
@@ -321,9 +331,12 @@ def _judge_quantized(p: _Pair) -> tuple[str, str, str]:
     allowed = math.fsum(p.squared_step)
     rms = math.sqrt(math.fsum(p.error) / allowed) if allowed > 0 else 0.0
     note = f"RMS error {rms:.2f} steps, worst row {p.worst_row_at} with {p.worst_row:.2f}"
-    good = rms <= HALF_STEP and p.worst_row <= ROW_STEPS
+    good = rms <= RMS_STEPS and p.worst_row <= ROW_STEPS and p.lost_row is None
+    if p.lost_row is not None:
+        note += f"; row {p.lost_row} is no nearer to the reference than zeros"
     if p.different and p.max_steps > 1 + _SLACK:
-        note += "; some weights are off by more than a step (clipped or compensated)"
+        at = _place(p.max_at, p.ref.shape)
+        note += f"; the largest error is {p.max_steps:.2f} steps at {at} (clipped or compensated)"
     return "PASS" if good else "FAIL", BOUNDS[QUANTIZED], note
 
 

@@ -34,7 +34,7 @@ from ...formats.output import Output
 from ...formats.packed.ggml_blocks import GgmlBlocks
 from ...model import canonical
 from ...model.config_formats import to_plain
-from ..export_plan import effective
+from ..export_plan import effective, require_same_source
 from . import layout
 from .encode import Blocks, encode
 from .mixes import Mix, mix_of, tensor_types
@@ -117,6 +117,15 @@ def export_gguf(
     return job.run(overwrite, progress or _Silent())
 
 
+def planned_bytes(
+    blocks: Mapping[str, Value], checkpoint: Checkpoint, dst: Path, mix: str, *, dtype: str = "keep",
+    tokenizer: str | None = None,
+) -> int:  # fmt: skip
+    """Bytes of the file that :func:`export_gguf` would write; ``blocks`` need to know ``type_of`` only."""
+    job = _Export(blocks, checkpoint, dst, mix_of(mix), dtype, "mix", tokenizer)
+    return sum(f.size for f in job.files.files)
+
+
 class _Export:
     def __init__(
         self, blocks: Mapping[str, Value], checkpoint: Checkpoint, dst: Path, mix: Mix, dtype: str,
@@ -176,8 +185,8 @@ class _Export:
             self.checkpoint.source.check_unchanged()
             meter.start(self.plan.nbytes, "checking")
             self._check(out.seal(), records, meter)
-            self.notes += out.notes
             manifest = out.finish(self._manifest(records))
+            self.notes += out.notes  # of this run: the manifest is the same after an interruption
         return self._report(manifest)
 
     def _write(self, out: Output, meter: Progress) -> dict[str, TaskRecord | _Record]:
@@ -270,6 +279,7 @@ class _Export:
             source[name] = digest.digest(self.checkpoint.tensors[name])
             same = source[name].sha256 == records[name].source.sha256
             steps.setdefault("tune", {})[name] = 0 if same else value.numel()
+        require_same_source(self.blocks, digest.root(source), self.checkpoint)
         return Manifest(
             tool_version=__version__, format="gguf", layout="gguf", dtype=self.mix.base,
             source_fingerprint=digest.root(source),
