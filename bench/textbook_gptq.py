@@ -2,7 +2,7 @@
 
 Activation order, static groups (scales from the original weights, so that no g_idx is needed), 1 % damping, lazy updates
 in blocks of 128, block after block on the inputs that the quantized blocks before give. Everything in float64, so that it
-never fails for want of digits.
+never fails for want of digits, unless asked otherwise.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def rtn(weight: Tensor, bits: int, group_size: int, symmetric: bool = True) -> T
 
 def gptq(
     weight: Tensor, moments: Tensor, bits: int, group_size: int, symmetric: bool = True,
-    *, damp: float = 0.01, block: int = 128,
+    *, damp: float = 0.01, block: int = 128, dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # fmt: skip
     """The rounded weight.
 
@@ -62,11 +62,12 @@ def gptq(
         symmetric: or with a zero per group.
         damp: share of the mean diagonal that is added.
         block: columns between updates of all that follow.
+        dtype: to compute in.
     """
-    w, h = weight.double(), moments.double()
+    w, h = weight.to(dtype), moments.to(dtype)
     scale, zero = grid(w, bits, group_size, symmetric)
     dead = h.diagonal() == 0
-    h = h + torch.diag(dead.double())
+    h = h + torch.diag(dead.to(dtype))
     w = w.masked_fill(dead, 0)
     order = h.diagonal().argsort(descending=True)
     w, h, scale = w[:, order], h[order][:, order], scale[:, order]

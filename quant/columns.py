@@ -68,7 +68,6 @@ def descend_columns(
     values: Tensor,
     hessian: Tensor,
     sweeps: int,
-    linear: Tensor | None = None,
 ) -> Tensor:
     """Round each column again with all others as they are; never raises the loss (QuantEase, arXiv 2309.01885).
 
@@ -78,7 +77,6 @@ def descend_columns(
         values: where to begin, shape of ``weight``; values of the grid.
         hessian: symmetric ``[in_features, in_features]``.
         sweeps: passes over all columns, fewer when nothing changes.
-        linear: extra term, shape of ``weight``: the loss is ``e H e^T + 2 linear e^T``.
 
     Returns:
         Codes, uint8 ``[out_features, in_features]``.
@@ -94,8 +92,6 @@ def descend_columns(
         for start in range(0, n, BLOCK):
             stop = min(start + BLOCK, n)
             g = hessian[start:stop] @ e
-            if linear is not None:
-                g += linear[:, start:stop].t()
             for a, b in _parts(start, stop):
                 if a > start:
                     g[a - start : b - start].addmm_(hessian[a:b, start:a], moved[: a - start])

@@ -19,6 +19,7 @@ from .grid import quantize_to, search_grid
 from .scheme import Codes, Scheme, on_grid
 
 _SYSTEMS = 1 << 21  # elements of the linear systems that scales are fitted by, at a time
+_PRODUCTS = 1 << 20  # of the products behind them
 
 
 class UniformGrid:
@@ -67,13 +68,7 @@ def loss(weight: Tensor, codes: Codes, hessian: Tensor) -> Tensor:
 
 
 def refine(
-    weight: Tensor,
-    codes: Codes,
-    hessian: Tensor,
-    *,
-    rounds: int = 3,
-    sweeps: int = 2,
-    linear: Tensor | None = None,
+    weight: Tensor, codes: Codes, hessian: Tensor, *, rounds: int = 3, sweeps: int = 2
 ) -> Codes:
     """Alternate scales refitted to the codes, and codes rounded again one column at a time.
 
@@ -83,25 +78,22 @@ def refine(
         hessian: damped as wanted; not changed.
         rounds: of both; ends early when no row gains.
         sweeps: over all columns per round.
-        linear: extra term ``[out_features, in_features]``: the loss is ``e H e^T + 2 linear e^T``.
 
     Returns:
         Codes whose loss is, row by row, at most that of the ones given.
     """
+    product = weight @ hessian  # the same in every round
+    before = loss(weight, codes, hessian)
     for _ in range(rounds):
-        better = descend(weight, refit(weight, codes, hessian, linear), hessian, sweeps, linear)
-        before, after = (_loss(weight, c, hessian, linear) for c in (codes, better))
+        better = descend(weight, refit(codes, product, hessian), hessian, sweeps)
+        after = loss(weight, better, hessian)
         gains = after < before
         codes = choose(gains, better, codes)
-        if float((before - after)[gains].sum()) <= 1e-4 * float(before.abs().sum()):
+        gained = float((before - after)[gains].sum())
+        if gained <= 1e-4 * float(before.abs().sum()):
             break
+        before = torch.where(gains, after, before)
     return codes
-
-
-def _loss(weight: Tensor, codes: Codes, hessian: Tensor, linear: Tensor | None) -> Tensor:
-    e = weight - codes.dequantize()
-    product = e @ hessian if linear is None else e @ hessian + 2 * linear
-    return (product * e).sum(1)
 
 
 def choose(rows: Tensor, yes: Codes, no: Codes) -> Codes:
@@ -118,19 +110,21 @@ def choose(rows: Tensor, yes: Codes, no: Codes) -> Codes:
     )
 
 
-def refit(weight: Tensor, codes: Codes, hessian: Tensor, linear: Tensor | None = None) -> Codes:
-    """Scales of least loss for given codes: one small linear system per row, then onto the grid."""
+def refit(codes: Codes, product: Tensor, hessian: Tensor) -> Codes:
+    """Scales of least loss for given codes: one small linear system per row, then onto the grid.
+
+    Args:
+        codes: of a weight.
+        product: the weight times the Hessian ``[out_features, in_features]``.
+        hessian: ``[in_features, in_features]``.
+    """
     out, groups = codes.scales.shape
-    wh = weight @ hessian
-    if linear is not None:
-        wh += linear
-    rows = max(1, _SYSTEMS // (groups * groups))
-    return codes.with_scales(
-        torch.cat([_refit(codes, wh, hessian, slice(a, a + rows)) for a in range(0, out, rows)])
-    )
+    rows = max(1, min(_SYSTEMS // (groups * groups), _PRODUCTS // len(hessian)))
+    parts = [_refit(codes, product, hessian, slice(a, a + rows)) for a in range(0, out, rows)]
+    return codes.with_scales(torch.cat(parts))
 
 
-def _refit(codes: Codes, wh: Tensor, hessian: Tensor, rows: slice) -> Tensor:
+def _refit(codes: Codes, product: Tensor, hessian: Tensor, rows: slice) -> Tensor:
     """Scales of some rows, before they are brought onto the grid."""
     old = codes.scales[rows]
     out, groups = old.shape
@@ -138,12 +132,12 @@ def _refit(codes: Codes, wh: Tensor, hessian: Tensor, rows: slice) -> Tensor:
     c = codes.codes[rows].view(out, groups, -1).float() - zeros
     width = c.shape[-1]
     flat = c.view(out, -1)
-    b = (wh[rows].view(out, groups, width) * c).sum(-1)
+    b = (product[rows].view(out, groups, width) * c).sum(-1)
     a = torch.empty(out, groups, groups, device=old.device)
     for g in range(groups):
         at = g * width  # what lies before is known from the groups before
-        product = (c[:, g] @ hessian[at : at + width, at:]).mul_(flat[:, at:])
-        a[:, g, g:] = product.view(out, groups - g, width).sum(-1)
+        crossed = (c[:, g] @ hessian[at : at + width, at:]).mul_(flat[:, at:])
+        a[:, g, g:] = crossed.view(out, groups - g, width).sum(-1)
         a[:, g:, g] = a[:, g, g:]
     diagonal = a.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True) + 1e-20)
@@ -153,14 +147,10 @@ def _refit(codes: Codes, wh: Tensor, hessian: Tensor, rows: slice) -> Tensor:
     return torch.where(bad, old, fitted)
 
 
-def descend(
-    weight: Tensor, codes: Codes, hessian: Tensor, sweeps: int, linear: Tensor | None = None
-) -> Codes:
+def descend(weight: Tensor, codes: Codes, hessian: Tensor, sweeps: int) -> Codes:
     """Round each column again with all others as they are; never raises the loss (QuantEase, arXiv 2309.01885)."""
     grid = UniformGrid(weight.shape[1], codes.scales, codes.zeros, codes.scheme)
-    return replace(
-        codes, codes=descend_columns(weight, grid, codes.dequantize(), hessian, sweeps, linear)
-    )
+    return replace(codes, codes=descend_columns(weight, grid, codes.dequantize(), hessian, sweeps))
 
 
 def gptq(

@@ -144,13 +144,13 @@ def test_damping_leaves_no_trace() -> None:
 def test_pieces_change_nothing(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     w, h = torch.randn(24, 64) * 0.02, moments_of(64)
     codes = gptq.rtn(w, scheme, h.diagonal())
-    whole = gptq.refit(w, codes, h)
+    whole = gptq.refit(codes, w @ h, h)
     monkeypatch.setattr(gptq, "_SYSTEMS", 9)
     monkeypatch.setattr(grid, "_ELEMENTS", 1)
     again = gptq.rtn(w, scheme, h.diagonal())
     assert torch.equal(again.codes, codes.codes)
     assert torch.equal(again.scales, codes.scales)
-    torch.testing.assert_close(gptq.refit(w, again, h).scales, whole.scales, rtol=0.01, atol=0)
+    torch.testing.assert_close(gptq.refit(again, w @ h, h).scales, whole.scales, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(2, 32), Scheme(4, 32, False), Scheme(8)])
