@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import torch
 
 from .. import __version__
 from ..convert import digest
 from ..convert.api import Progress, Report
-from ..convert.chat_template import END, START, tuned_for_chat
 from ..convert.open import Checkpoint, open_checkpoint
-from ..convert.tokenizer import tokenizer_of
-from ..formats.errors import UsageError
+from ..formats.errors import UsageError, printable
 from ..formats.sharded import parse_size
+from ..machine import Stopwatch
+from ..model import canonical
 from ..model.config import GemmaConfig
 from ..model.config_formats import to_plain
-from . import choose, export, plan
-from .calibration import (
-    HELD_OUT,
-    SAMPLES,
-    SELF,
-    SEQ_LEN,
-    Calibration,
-    Ids,
-    Wanted,
-    divide,
-    read_calibration,
-)
+from . import choose, document, export, own_text, plan
+from .calibration import HELD_OUT, SELF, Calibration
+from .direct import Direct
+from .export_targets import TARGETS
+from .ggml.bridge import FORMATS_OF_CODES, BlocksOfCodes
 from .ggml.export import export_gguf
+from .ggml.seen import require_matrix_file, write_matrix
+from .kept import Keeper
+from .known import Known, known_of, require_device
 from .pipeline import Options, Pipeline
-from .sampling import chat_prefix, sample_sequences
+from .recover import recovered, require_recovery
 from .scheme import Scheme
-from .weights import Weights
+from .sensitivity import TOKENS
+from .targeted import targeted_of, wish_of
 from .work import Work, WorkCodes, work_path
 
 
@@ -54,14 +53,25 @@ def quantize(
     *,
     group_size: int = 128,
     symmetric: bool = True,
-    method: str = "gptq",
+    method: str | None = None,
     format: str = "compressed-tensors",
+    exclude: Sequence[str] = (),
     calibration: str | Path | npt.ArrayLike = SELF,
-    samples: int = SAMPLES,
+    moments: Sequence[str | Path] = (),
+    imatrix: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
+    samples: int | None = None,
     seq_len: int | None = None,
     held_out: float = HELD_OUT,
     seed: int = 0,
     sequential: bool = True,
+    recover: str = "none",
+    target_size: int | str | None = None,
+    target_bpw: float | str | None = None,
+    choices: Sequence[str] | None = None,
+    sensitivity: str | Path | None = None,
+    measure: str = "linear",
+    measure_tokens: int = TOKENS,
     config: str | Path | GemmaConfig | None = None,
     fix_config: bool = False,
     gating: str | None = None,
@@ -69,6 +79,7 @@ def quantize(
     tokenizer: str | Path | None = None,
     max_shard_size: int | str | None = None,
     max_memory: int | str | None = None,
+    device: str = "cpu",
     keep_codes: str | Path | None = None,
     allow_requantize: bool = False,
     dry_run: bool = False,
@@ -88,13 +99,27 @@ def quantize(
         symmetric: one zero for all (scales may be negative), or one per group.
         method: ``gptq`` (the better of it and rounding to nearest, weight by weight) or ``rtn``.
         format: one of :data:`.plan.FORMATS`.
-        calibration: ``self`` (the model writes it), a text, JSONL or ``.npy`` file, or ids; see
-            :func:`.calibration.read_calibration`.
-        samples: sequences to gather inputs from.
+        exclude: names of linear weights that stay as they are, or patterns of them (``*.down_proj.weight``).
+        calibration: ``self`` (the model writes it), ``none`` (the model is not run, weights are rounded to nearest), a text,
+            JSONL or ``.npy`` file, or ids; see :func:`.calibration.read_calibration`.
+        moments: directories that :func:`.moments.gather_moments` made, in place of a calibration.
+        imatrix: importance matrix in place of a calibration: the model is not run.
+        imatrix_out: file for the importance matrix of the inputs seen; the old form where it ends in ``.dat``.
+        samples: sequences to gather inputs from; None for 128, or 32 for a model above 1e9 parameters on a processor.
         seq_len: tokens of each; None for 512, or the model's context where that is shorter.
         held_out: further sequences, as a share of ``samples``, that judge the result.
         seed: of what the model writes.
         sequential: gather every stage of a block behind the rounded ones before it; else all at once, in half the time.
+        recover: ``scales`` tunes scales and norm gains when codes are chosen, each block to the original's output and then
+            all together to its logits, on the calibration sequences; ``codes`` moves codes too, in each block; ``none``
+            leaves them.
+        target_size: bytes (or ``"1.6GiB"``) that the files of weights may have, embedding and norms included: bits and
+            groups are then chosen weight by weight, for the least divergence.
+        target_bpw: the same by stored bits per linear weight.
+        choices: schemes to choose from, such as ``4g128``, ``8row`` or ``Q4_K``; None for all the format has.
+        sensitivity: file of :func:`.measure.sensitivity`, in place of measuring.
+        measure: ``linear``, ``every`` or ``block``; see :mod:`.sensitivity`.
+        measure_tokens: held-out tokens to measure on.
         config: preset name, config.json or GemmaConfig, for checkpoints that carry none.
         fix_config: correct hyper-parameters known to be wrong in published files.
         gating: ``df`` or ``fd``; see :func:`g2kit.convert.open_checkpoint`.
@@ -102,6 +127,7 @@ def quantize(
         tokenizer: tokenizer.model to put into the output instead of the one found.
         max_shard_size: bytes of weights per file, as a number or as in ``"5GB"``.
         max_memory: bytes to work in, for what can lie on disk as well; None for half of what is free.
+        device: ``cpu``, ``cuda`` or ``cuda:0``: where blocks run and weights are rounded.
         keep_codes: directory to keep the codes in, for `g2quant export`; uniform formats only.
         allow_requantize: accept weights that are quantized already.
         dry_run: plan only; write nothing.
@@ -111,54 +137,77 @@ def quantize(
 
     Returns:
         JSON-ready: source, output, scheme, method, calibration, ``linears`` (name -> method, errors, damping, fallbacks),
-        ``blocks`` (error behind each), ``quality`` (KL, agreement and perplexity on held-out sequences), fallbacks, notes,
-        timing.
+        ``blocks`` (error behind each), ``quality`` (KL, agreement and perplexity on held-out sequences), ``recovery`` (what
+        tuning gained, and the tensors beside linear weights that it changed), fallbacks, notes, timing.
 
     Raises:
         G2Error: any subclass; ``dst`` is untouched.
     """
-    began = time.monotonic()
-    plan.require_method(method)
+    watch = Stopwatch()
+    require_device(device)
+    require_recovery(recover)
     limit = plan.memory_limit(parse_size(max_memory) if isinstance(max_memory, str) else max_memory)
     shard = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     dst, meter = Path(dst), progress or _Silent()
     scheme = Scheme(bits, group_size, symmetric)
+    wish = wish_of(
+        target_size, target_bpw, symmetric, choices, sensitivity, measure, measure_tokens
+    )
+    kept = None if tokenizer is None else str(tokenizer)
     with open_checkpoint(src, config=config, fix_config=fix_config, gating=gating) as checkpoint:
         plan.require_dense(checkpoint, allow=allow_requantize)
-        goal = plan.goal_of(checkpoint, format, scheme)
+        targeted = targeted_of(
+            checkpoint, dst, format, wish, dtype=dtype, max_shard_size=shard, tokenizer=kept
+        )
+        if targeted is not None and exclude:
+            raise UsageError(
+                "--exclude does not go with a target size, which decides for every weight."
+            )
+        goal = (
+            plan.goal_of(checkpoint, format, scheme, exclude) if targeted is None else targeted.goal
+        )
         if keep_codes is not None and goal.is_gguf:
             raise UsageError("GGUF blocks are not kept as codes.", fix="leave out --keep-codes.")
-        plan.require_destination(dst, format, checkpoint, overwrite=overwrite)
-        context = checkpoint.config.max_position_embeddings
-        wanted = Wanted(samples, min(SEQ_LEN, context) if seq_len is None else seq_len, held_out)
-        given = None
-        if not (isinstance(calibration, str) and calibration == SELF):
-            given = read_calibration(calibration, checkpoint, wanted)
-        elif wanted.seq_len > context:
-            raise UsageError(
-                f"--seq-len is {wanted.seq_len}, the model's context {context}.",
-                fix=f"use at most {context}.",
-            )
-        rows = (wanted.samples + 2 * wanted.held) * wanted.seq_len
+        plan.require_destination(dst, goal.format, checkpoint, overwrite=overwrite)
+        keeper = None
+        if keep_codes is not None:
+            keeper = Keeper(keep_codes, dst, checkpoint, overwrite=overwrite)
+        known = known_of(
+            checkpoint, calibration, samples, seq_len, held_out, moments=moments, imatrix=imatrix, device=device
+        )  # fmt: skip
+        given, wanted = known.text, known.wanted
+        method = known.method(method, recover=recover, imatrix_out=imatrix_out)
+        require_matrix_file(imatrix_out, overwrite=overwrite)
+        copies = 1 if recover == "none" else 2
+        rows = (copies * wanted.samples + 2 * wanted.held) * wanted.seq_len
         if given is not None:
-            rows = given.tokens + 2 * given.held_tokens
-        options = Options(method, sequential, plan.keeps_states(checkpoint.config, rows, limit))
+            rows = copies * given.tokens + 2 * given.held_tokens
+        keeps = plan.keeps_states(checkpoint.config, rows, limit)
+        options = Options(
+            method, sequential, keeps, recover=recover, memory=limit // 4, device=device, merged=known.merged
+        )  # fmt: skip
+        more: Report = {}
+        if targeted is not None:
+            goal, known = targeted.run(
+                known, seed, method, limit, meter, device=device, resume=resume, keep=not dry_run
+            )
+            more = targeted.told()
         if dry_run:
-            return _planned(checkpoint, goal, wanted, options, dst)
-        settings = _settings(goal, options, wanted, given, seed)
-        job = _Job(checkpoint, dst, goal, options, limit, meter)
-        report = job.run(settings, given, wanted, seed, resume, lambda codes, notes: _write(
+            return _planned(checkpoint, goal, known, options, dst, limit) | more
+        settings = _settings(goal, options, known, seed)
+        job = _Job(checkpoint, dst, goal, options, limit, meter, keeper, imatrix_out, more)
+        report = job.run(settings, known, seed, resume, lambda codes, notes: _write(
             codes, checkpoint, dst, goal, notes, dtype=dtype, max_shard_size=shard,
-            tokenizer=None if tokenizer is None else str(tokenizer), overwrite=overwrite,
-            keep_codes=keep_codes, meter=meter,
+            tokenizer=kept, overwrite=overwrite, keeper=keeper, meter=meter,
         ))  # fmt: skip
-    report["timing"] = {"total": round(time.monotonic() - began, 3)}
+        if targeted is not None:
+            targeted.finish()
+    report["run"] = watch.run()
+    report["timing"] = {"total": report["run"]["seconds"]}
     return report
 
 
-def _settings(
-    goal: plan.Goal, options: Options, wanted: Wanted, given: Calibration | None, seed: int
-) -> dict[str, str]:
+def _settings(goal: plan.Goal, options: Options, known: Known, seed: int) -> dict[str, str]:
     """What decides the codes."""
     targets = plan.plain_targets(goal)
     out = {
@@ -166,18 +215,23 @@ def _settings(
         "the scheme": ", ".join(sorted(targets)),
         "--method": options.method,
         "--sequential": str(options.sequential),
+        "--recover": options.recover,
+        "--device": torch.device(options.device).type,
     }
     if goal.is_gguf:
         out["--format"] = goal.format
-    if given is not None:
-        return out | {"the calibration's ids": given.sha256[:16]}
-    return out | {
-        "--calibration": SELF,
-        "--samples": str(wanted.samples),
-        "--seq-len": str(wanted.seq_len),
-        "the held-out share": str(wanted.held_out),
-        "--seed": str(seed),
-    }
+    return out | known.settings() | own_text.settings(known.text, known.wanted, seed)
+
+
+def _source_settings(checkpoint: Checkpoint, fingerprint: str, goal: plan.Goal) -> dict[str, str]:
+    """What decides the codes and follows from the source: its weights, its configuration, what each weight becomes."""
+    config = to_plain(checkpoint.config)
+    out = {"the source's weights": fingerprint} | {f"its {k}": str(v) for k, v in config.items()}
+    every = len(goal.targets) == len(canonical.linears(checkpoint.tensors))
+    if len(set(goal.targets.values())) > 1 or not every:
+        text = json.dumps({n: str(t) for n, t in goal.targets.items()}, sort_keys=True)
+        out["the weights' own schemes"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return out
 
 
 class _Job:
@@ -191,59 +245,66 @@ class _Job:
         options: Options,
         limit: int,
         meter: Progress,
+        keeper: Keeper | None = None,
+        imatrix_out: str | Path | None = None,
+        more: Report | None = None,
     ) -> None:
         self.checkpoint, self.dst, self.goal = checkpoint, dst, goal
         self.options, self.limit, self.meter = options, limit, meter
+        self.keeper, self.imatrix_out, self.more = keeper, imatrix_out, more or {}
 
     def run(
         self,
         settings: dict[str, str],
-        given: Calibration | None,
-        wanted: Wanted,
+        known: Known,
         seed: int,
         resume: bool,
         write: Any,
     ) -> Report:
         source = self.checkpoint
         self.meter.start(sum(t.nbytes for t in source.tensors.values()), "reading")
-        fingerprint = digest.root(digest.digests(source, self.meter))
-        settings = settings | {"the source's weights": fingerprint}
+        fingerprint = digest.root(digest.digests(source, self.meter, finite=True))
+        settings = settings | _source_settings(source, fingerprint, self.goal)
+        known.require_source(fingerprint, source.path)
+        if self.keeper is not None:
+            self.keeper.begin(settings)
         with Work(work_path(self.dst), settings, resume=resume) as work:
-            found = work.calibration()
+            found = known.text if known.direct else work.calibration()
             if found is None:
-                found = given or self._written(wanted, seed)
+                found = known.text or own_text.written(
+                    source, known.wanted, seed, self.limit, self.meter, self.options.device
+                )
                 work.keep_calibration(found)
             todo = sum(
                 4 * source.tensors[n].shape[0] * source.tensors[n].shape[1]
                 for n in self.goal.targets
                 if int(n.split(".")[2]) not in work.layers
             )
+            job: Direct | Pipeline
+            if known.direct:
+                job = Direct(source, self.goal.targets, work, known.importance, self.options.device)
+            else:
+                job = Pipeline(source, self.goal.targets, found, work, self.options)
+            todo += job.tuning_bytes if work.tuned is None else 0
             self.meter.start(todo, "quantizing")
-            report = Pipeline(source, self.goal.targets, found, work, self.options).run(self.meter)
+            report = job.run(self.meter)
             source.source.check_unchanged()
             notes = choose.summary(report["linears"])
-            codes = WorkCodes(work, self.goal.targets, fingerprint)
-            written = write(codes, _notes(found, self.options, notes))
+            codes = WorkCodes(work, self.goal.targets, fingerprint, source.config.num_hidden_layers)
+            told = known.described(found)
+            written = write(codes, [*told, *self.options.described(), *notes, *recovered(report)])
+            if self.imatrix_out is not None:
+                write_matrix(self.imatrix_out, work, found, source.config)
             resumed = work.resumed
             work.remove()
-        return self._report(report, written, found, fingerprint, resumed, notes)
-
-    def _written(self, wanted: Wanted, seed: int) -> Calibration:
-        """Sequences of the model's own."""
-        count = wanted.total
-        self.meter.start(count * (wanted.seq_len - 1), "writing calibration text (tokens)")
-        ids: list[Ids] = sample_sequences(
-            Weights(self.checkpoint, self.limit // 2), count, wanted.seq_len, seed=seed,
-            prefix=_chat_prefix(self.checkpoint), memory=self.limit // 4, progress=self.meter,
-        )  # fmt: skip
-        return divide(ids, SELF, self.checkpoint.config, wanted)
+        return self._report(report, written, known.whole(found), fingerprint, resumed, notes)
 
     def _report(
         self, found: dict[str, Any], written: Report, calibration: Calibration, fingerprint: str,
         resumed: int, fallbacks: list[str],
     ) -> Report:  # fmt: skip
         config = self.checkpoint.config
-        return {
+        done = {
             "source": {
                 "path": str(self.checkpoint.path),
                 "fingerprint": fingerprint,
@@ -257,6 +318,7 @@ class _Job:
             "bits_per_weight": self.goal.bits_per_weight(self.checkpoint),
             "method": self.options.method,
             "sequential": self.options.sequential,
+            "recover": self.options.recover,
             "calibration": {
                 "source": calibration.source,
                 "sequences": len(calibration.train),
@@ -266,50 +328,26 @@ class _Job:
                 "sha256": calibration.sha256,
             },
             **found,
+            **self.more,
             "fallbacks": fallbacks,
             "resumed_blocks": resumed,
             "notes": written.get("notes", []),
         }
-
-
-def _chat_prefix(checkpoint: Checkpoint) -> list[int]:
-    """A user's turn, where the model was tuned for chat."""
-    tokenizer = tokenizer_of(checkpoint)
-    if tokenizer is None:
-        return []
-    ends = tokenizer.encode(END)
-    end = ends[0] if len(ends) == 1 else None
-    tuned, _ = tuned_for_chat(None, checkpoint.config.eos_token_id, end, None, checkpoint.path)
-    return chat_prefix(tokenizer.encode, START) if tuned else []
-
-
-def _notes(found: Calibration, options: Options, fallbacks: list[str]) -> list[str]:
-    """For the manifest."""
-    source = "written by the model itself" if found.source == SELF else Path(found.source).name
-    return [
-        f"calibration: {len(found.train)} sequences, {found.tokens} tokens, {source}, sha256 {found.sha256}",
-        f"method: {options.method}{', stage after stage' if options.sequential else ''}",
-        *fallbacks,
-    ]
+        return document.complete(done, self.checkpoint, self.goal)
 
 
 def _write(
     codes: WorkCodes, checkpoint: Checkpoint, dst: Path, goal: plan.Goal, notes: list[str], *,
     dtype: str, max_shard_size: int | None, tokenizer: str | None, overwrite: bool,
-    keep_codes: str | Path | None, meter: Progress,
+    keeper: Keeper | None, meter: Progress,
 ) -> Report:  # fmt: skip
     if goal.is_gguf:
         return export_gguf(
             codes, checkpoint, dst, goal.format, dtype=dtype, tokenizer=tokenizer,
             overwrite=overwrite, notes=notes, progress=meter,
         )  # fmt: skip
-    if keep_codes is not None:
-        from .codes_file import write_codes
-
-        write_codes(
-            keep_codes, codes, checkpoint, source_fingerprint=codes.source_fingerprint,
-            overwrite=overwrite,
-        )  # fmt: skip
+    if keeper is not None:
+        keeper.write(codes, codes.source_fingerprint)
     return export.export(
         codes, checkpoint, dst, goal.format, dtype=dtype, max_shard_size=max_shard_size,
         tokenizer=tokenizer, overwrite=overwrite, notes=notes, progress=meter,
@@ -317,8 +355,9 @@ def _write(
 
 
 def _planned(
-    checkpoint: Checkpoint, goal: plan.Goal, wanted: Wanted, options: Options, dst: Path
+    checkpoint: Checkpoint, goal: plan.Goal, known: Known, options: Options, dst: Path, limit: int
 ) -> Report:
+    wanted = known.wanted
     return {
         "dry_run": True,
         "source": {
@@ -331,11 +370,12 @@ def _planned(
         "bits_per_weight": goal.bits_per_weight(checkpoint),
         "method": options.method,
         "calibration": {
-            "sequences": wanted.samples,
-            "held_out_sequences": wanted.held,
+            "source": known.source,
+            "sequences": 0 if known.direct else wanted.samples,
+            "held_out_sequences": 0 if known.direct else wanted.held,
             "seq_len": wanted.seq_len,
         },
-        "resources": plan.needs(checkpoint, goal, wanted, options, dst),
+        "resources": plan.needs(checkpoint, goal, known, options, dst, limit),
         "warnings": [str(w) for w in checkpoint.reading.warnings],
     }
 
@@ -359,7 +399,8 @@ def export_codes(
         codes: directory that ``keep_codes`` made, or a checkpoint of a uniform format.
         src: the checkpoint that was quantized, for everything else; the same as ``codes`` for a quantized checkpoint.
         dst: directory to make.
-        format: one of :data:`.export_targets.TARGETS`.
+        format: one of :data:`.export_targets.TARGETS`, or ``gguf-q4_0``, ``gguf-q4_1`` or ``gguf-q8_0``, whose blocks are
+            groups of 32.
         config: as :func:`quantize`.
         dtype: as :func:`quantize`.
         tokenizer: as :func:`quantize`.
@@ -384,7 +425,24 @@ def export_codes(
     with open_checkpoint(src, config=config) as checkpoint:
         if (Path(codes) / NAME).is_file():
             with CodesFile(codes) as kept:
-                return export.export(kept, checkpoint, dst, format, **options)
+                kept.check()
+                return _export(kept, checkpoint, dst, format, Path(codes), options)
         with open_checkpoint(codes, config=checkpoint.config) as quantized:
             found: Mapping[str, Any] = CheckpointCodes(quantized)
-            return export.export(found, checkpoint, dst, format, **options)
+            return _export(found, checkpoint, dst, format, Path(codes), options)
+
+
+def _export(
+    codes: Any, checkpoint: Checkpoint, dst: str | Path, format: str, where: Path, options: dict[str, Any]
+) -> Report:  # fmt: skip
+    if not format.startswith(plan.GGUF):
+        return export.export(codes, checkpoint, dst, format, **options)
+    if format not in FORMATS_OF_CODES:
+        raise UsageError(
+            f"{printable(format, 60)} is no format for codes that are there already.",
+            fix=f"use one of {', '.join((*TARGETS, *FORMATS_OF_CODES))}, or quantize into it.",
+        )
+    if options.pop("max_shard_size") is not None:
+        raise UsageError("a GGUF is one file.", fix="leave out --max-shard-size.")
+    blocks = BlocksOfCodes(codes, format, where)
+    return export_gguf(blocks, checkpoint, dst, format, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from .. import __version__
-from ..formats.errors import DependencyError, printable
-from ..terminal import Meter, Terminated, dump_json, reporting, run_cli
+from .. import commands
+from ..commands import choice, flag, group, path, path_option, print_report, together, warn
+from ..formats.errors import UsageError, printable
+from ..outputs import Outputs
+from ..sealed import dumps
+from ..terminal import Meter, Terminated, reporting, run_cli
+from . import cli_inputs, cli_report, options, show
 
 _EPILOG = """\b
 g2quant SRC DST quantizes; `g2quant quantize --help` lists the options. For example:
@@ -32,6 +38,7 @@ FORMATS = (
         "q8_0", "q4_0", "q4_1", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s",
         "q4_k_m", "q5_k_s", "q5_k_m",
     )),
+    "gguf",
 )  # fmt: skip
 
 
@@ -48,65 +55,25 @@ class Commands(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(
-    cls=Commands,
-    epilog=_EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-@click.version_option(__version__, prog_name="g2quant")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@group("g2quant", _EPILOG, Commands)
 def g2quant(debug: bool) -> None:
     """Quantize Gemma 1 and Gemma 2 checkpoints to 8, 4, 3 or 2 bits for the programs people run."""
 
 
-def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    def add(f: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            f = option(f)
-        return f
-
-    return add
-
-
-_config = click.option(
-    "--config",
-    metavar="PRESET|FILE",
-    help="The model's configuration: a preset such as gemma2-2b, or a Hugging Face config.json. Wins over what the "
-    "checkpoint says.",
-)
-_write = _options(
-    click.option(
-        "--dtype",
-        type=click.Choice(["keep", "bf16", "f16", "f32"]),
-        default="keep",
-        show_default=True,
-        help="Element type of what is not quantized.",
-    ),
-    click.option(
-        "--max-shard-size", metavar="SIZE", help="Most bytes of weights in a file, such as 5GB."
-    ),
-    click.option(
-        "--tokenizer",
-        metavar="FILE|DIR|none",
-        help="The tokenizer.model to put into the output, instead of the one beside the source; none leaves it out.",
-    ),
-    click.option("--overwrite", is_flag=True, help="Replace DST once the new copy is complete."),
-    _config,
-    click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="Print one JSON document to stdout, of a failure too.",
-    ),
-    click.option(
-        "--quiet", "-q", is_flag=True, help="Print no progress, notes or report of success."
-    ),
+_write = together(
+    commands.dtype("Element type of what is not quantized."),
+    commands.max_shard_size,
+    commands.tokenizer,
+    commands.overwrite("DST once the new copy is complete"),
+    commands.config(),
+    commands.as_json(),
+    commands.quiet("Print no progress, notes or report of success."),
 )
 
 
 @g2quant.command(short_help="Quantize SRC to DST; the command itself may be left out.")
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@path("src")
+@path("dst")
 @click.option(
     "--bits",
     type=int,
@@ -125,35 +92,15 @@ _write = _options(
     show_default=True,
     help="One zero for all, or one per group.",
 )
+@cli_inputs.method
+@choice("format", FORMATS, "compressed-tensors", "What to write.")
 @click.option(
-    "--method",
-    type=click.Choice(["gptq", "rtn"]),
-    default="gptq",
-    show_default=True,
-    help="gptq takes, weight by weight, the better of it and rounding to nearest.",
-)
-@click.option(
-    "--format",
-    type=click.Choice(FORMATS),
-    default="compressed-tensors",
-    show_default=True,
-    help="What to write.",
-)
-@click.option(
-    "--calibration",
-    metavar="self|FILE",
-    default="self",
-    show_default=True,
-    help="Whose inputs decide: text the model writes itself, or a .txt, .jsonl (text, or messages of a chat) or .npy "
-    "file of token ids.",
-)
-@click.option("--samples", type=int, default=128, show_default=True, help="Calibration sequences.")
-@click.option("--seq-len", type=int, help="Tokens of each.  [default: 512, or the model's context]")
-@click.option(
-    "--held-out", type=float, default=0.125, show_default=True,
-    help="Further sequences, as a share of --samples, that judge the result.",
+    "--exclude", multiple=True, metavar="PATTERN",
+    help="Linear weights that stay as they are, such as '*.down_proj.weight'; may be given again. Programs that merge q, k, v or "
+    "gate, up need all of them or none.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what the model writes.")
+@options.calibration
+@cli_inputs.instead
 @click.option(
     "--sequential/--no-sequential",
     default=True,
@@ -161,83 +108,152 @@ _write = _options(
     help="Gather the inputs of a block's layers one stage after the other, each behind the rounded ones before it; "
     "without it in half the time.",
 )
-@click.option(
-    "--fix-config", is_flag=True, help="Correct values known to be wrong in published files."
+@choice(
+    "recover",
+    ("none", "scales", "codes"),
+    "none",
+    "Tune what was rounded to the original's output, on the calibration text: scales and norm gains, or in every block the "
+    "codes too.",
 )
-@click.option(
-    "--gating", type=click.Choice(["df", "fd"]), help="Orientation of Flax gating matrices."
-)
-@click.option(
-    "--max-memory", metavar="SIZE",
-    help="Memory to work in, such as 4GB: what does not fit stays on disk.  [default: half of what is free]",
-)  # fmt: skip
-@click.option(
-    "--keep-codes",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Keep the codes, for `g2quant export`.",
-)
-@click.option(
-    "--allow-requantize", is_flag=True, help="Accept a checkpoint that is quantized already."
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Print the plan, sizes, memory and time; write nothing."
-)
-@click.option(
-    "--resume/--no-resume",
-    default=True,
-    show_default=True,
-    help="Continue an interrupted run, or start it afresh.",
-)
+@options.target
+@commands.fix_config
+@commands.gating
+@cli_inputs.machine
+@path_option("keep-codes", "Keep the codes, for `g2quant export`.", metavar="DIR")
+@flag("allow-requantize", "Accept a checkpoint that is quantized already.")
+@commands.dry_run
+@commands.resume("run")
+@cli_report.files
 @_write
-def quantize(
-    src: Path, dst: Path, as_json: bool, quiet: bool, dry_run: bool, **options: Any
-) -> None:
+def quantize(src: Path, dst: Path, as_json: bool, quiet: bool, dry_run: bool, **given: Any) -> None:
     """Quantize the linear layers of SRC and write them to DST. Killed at any moment, the same command goes on."""
-    api, show = _library()
-    with Meter(quiet=quiet or as_json) as meter, _resumable(dst):
-        report = api.quantize(src, dst, dry_run=dry_run, progress=meter, **options)
+    if given["target_size"] or given["target_bpw"]:
+        _refuse_beside_target(given["format"])
+    elif given["format"].startswith("gguf-"):
+        _refuse_given(given["format"])
+    api = _library()
+    paths = {name: given.pop(name) for name in cli_report.RENDERERS}
+    if dry_run and any(paths.values()):
+        raise UsageError("--dry-run makes no report.", fix="leave out --report, --html and --card.")
+    with Outputs(paths, (src, dst)) as out, Meter(quiet=quiet or as_json) as meter, _resumable(dst):
+        report = api.quantize(src, dst, dry_run=dry_run, progress=meter, **given)
+        meter.stop()
+        if not dry_run:
+            report["run"]["command"] = shlex.join(["g2quant", *sys.argv[1:]])
+            cli_report.write(out, report, dst)
     _print(report, show.plan if dry_run else show.result, dst, as_json, quiet, written=not dry_run)
-    _warn(show.warnings(report), quiet or as_json)
+    warn(show.warnings(report), quiet or as_json)
 
 
 @g2quant.command(short_help="Write kept codes in another format; nothing is rounded again.")
-@click.argument("codes", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
-@click.option(
-    "--source", metavar="SRC", type=click.Path(path_type=Path),
-    help="The checkpoint that was quantized, for the rest of it; not needed where CODES is a quantized checkpoint.",
-)  # fmt: skip
-@click.option(
-    "--format",
-    type=click.Choice(FORMATS[:6]),
-    default="compressed-tensors",
-    show_default=True,
-    help="What to write.",
+@path("codes")
+@path("dst")
+@path_option(
+    "source",
+    "The checkpoint that was quantized, for the rest of it; not needed where CODES is a quantized checkpoint.",
+    metavar="SRC",
+)
+@choice(
+    "format",
+    (*FORMATS[:6], "gguf-q4_0", "gguf-q4_1", "gguf-q8_0"),
+    "compressed-tensors",
+    "What to write; GGUF from groups of 32.",
 )
 @_write
 def export(
     codes: Path, dst: Path, source: Path | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Write CODES (a --keep-codes directory, or a quantized checkpoint) as DST in another format."""
-    api, show = _library()
+    api = _library()
     with Meter(quiet=quiet or as_json) as meter:
         report = api.export_codes(codes, source or codes, dst, progress=meter, **options)
     _print(report, show.exported, dst, as_json, quiet, written=True)
-    _warn(show.warnings(report), quiet or as_json)
+    warn(show.warnings(report), quiet or as_json)
 
 
-def _library() -> tuple[Any, Any]:
-    """The modules that need torch."""
-    try:
-        import torch  # noqa: F401
-    except ImportError as e:
-        raise DependencyError(
-            f"quantizing needs torch ({e}).", fix='install it: pip install "g2kit[torch]".'
-        ) from e
-    from . import api, show
+# parameter -> how it is spelled
+_UNIFORM_ONLY = {
+    "bits": "--bits",
+    "group_size": "--group-size",
+    "symmetric": "--sym/--asym",
+    "max_shard_size": "--max-shard-size",
+}
 
-    return api, show
+
+def _refuse_given(format: str) -> None:
+    """Options that a GGUF type has its own say about are not ignored.
+
+    Raises:
+        UsageError: one was given; ``--bits`` may say what the type has anyway.
+    """
+    context = click.get_current_context()
+    bits = next(c for c in format.partition("q")[2] if c.isdigit())
+    for name, spelled in _UNIFORM_ONLY.items():
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if name != "bits" or str(context.params[name]) != bits:
+            raise UsageError(
+                f"{spelled} does not apply to {format}, which is one file whose type has its own bits and groups.",
+                fix=f"leave out {spelled}, or use another --format.",
+            )
+
+
+def _refuse_beside_target(format: str) -> None:
+    """Options that the allocation decides."""
+    context = click.get_current_context()
+    names = _UNIFORM_ONLY if format == "gguf" else ("bits", "group_size")
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"{_UNIFORM_ONLY[name]} does not go with a target size, which decides it.",
+                fix=f"leave out {_UNIFORM_ONLY[name]}; --choices says what to choose from.",
+            )
+
+
+@g2quant.command(short_help="Measure how much each linear weight of SRC matters.")
+@path("src")
+@choice("format", (*FORMATS[:3:2], "mlx", "gguf"), "compressed-tensors", "Whose schemes are tried.")
+@options.measuring
+@click.option(
+    "--sym/--asym", "symmetric", default=True, show_default=True, help="Of uniform schemes."
+)
+@choice("method", ("gptq", "rtn"), "gptq", "How weights are rounded for it.")
+@options.calibration
+@commands.fix_config
+@commands.gating
+@click.option(
+    "--max-memory", metavar="SIZE", help="Memory to work in.  [default: half of what is free]"
+)
+@flag("allow-requantize", "Accept a checkpoint that is quantized already.")
+@path_option("output", "Keep the measurement, for --sensitivity; an interrupted one is continued.")
+@commands.resume("measurement")
+@commands.config()
+@commands.as_json()
+@commands.quiet()
+def sensitivity(src: Path, output: Path | None, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Measure what rounding each linear weight of SRC alone costs: KL of the original against the model with it."""
+    _library()
+    from . import show_layers
+    from .measure import measure_path
+    from .measure import sensitivity as measured
+
+    work = None if output is None else measure_path(output)
+    with Outputs({"output": output}, (src,)) as out, Meter(quiet=quiet or as_json) as meter:
+        report = measured(src, work=work, progress=meter, **given)
+        meter.stop()
+        if output is not None:
+            out.write("output", dumps(report))
+    with reporting(*out.paths.values()):
+        if as_json or not quiet:
+            print_report(report, show_layers.sensitivity, as_json=as_json)
+
+
+def _library() -> Any:
+    """The module that needs torch."""
+    cli_inputs.require_torch()
+    from . import api
+
+    return api
 
 
 @contextmanager
@@ -255,11 +271,6 @@ def _resumable(dst: Path) -> Iterator[None]:
         raise
 
 
-def _warn(lines: list[str], quiet: bool) -> None:
-    for line in lines if not quiet else ():
-        click.echo(line, err=True)
-
-
 def _print(
     report: dict[str, Any],
     human: Callable[[dict[str, Any]], str],
@@ -272,7 +283,11 @@ def _print(
     if quiet and written and not as_json:
         return
     with reporting(dst) if written else nullcontext():
-        click.echo(dump_json(report) if as_json else human(report))
+        print_report(report, human, as_json=as_json)
+
+
+g2quant.add_command(cli_inputs.moments)
+g2quant.add_command(cli_report.report)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,8 +6,9 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 
 from ..convert.open import Checkpoint
 from ..formats import output_paths as paths
-from ..formats.errors import UsageError, printable
+from ..formats.errors import ConflictError, UsageError, printable
 from ..formats.output_commit import exists_error
 from ..model import canonical
 from ..model.config import GemmaConfig
@@ -68,18 +69,26 @@ class Goal:
         return sum(self.bits(n, checkpoint) for n in self.targets) / sum(o * c for o, c in shapes)
 
 
-def goal_of(checkpoint: Checkpoint, format: str, scheme: Scheme) -> Goal:
+def goal_of(
+    checkpoint: Checkpoint, format: str, scheme: Scheme, exclude: Sequence[str] = ()
+) -> Goal:
     """The goal of a format and a scheme; GGUF mixes bring their own types.
 
+    Args:
+        checkpoint: what is quantized.
+        format: one of :data:`FORMATS`.
+        scheme: of every linear weight.
+        exclude: patterns (``*``, ``?``) of names of linear weights that stay as they are.
+
     Raises:
-        UsageError: no such format, or it cannot hold the scheme; names what can.
+        UsageError: no such format, or it cannot hold the scheme; names what can. A pattern that nothing matches.
     """
     if format not in FORMATS:
         raise UsageError(
             f"{printable(format, 60)} is not a format g2quant writes.",
             fix=f"use one of {', '.join(FORMATS)}.",
         )
-    linears = canonical.linears(checkpoint.tensors)
+    linears = _without(canonical.linears(checkpoint.tensors), exclude)
     if format.startswith(GGUF):
         types = require_mix(format, checkpoint)
         return Goal(format, {n: types[n] for n in linears})
@@ -88,6 +97,20 @@ def goal_of(checkpoint: Checkpoint, format: str, scheme: Scheme) -> Goal:
         scheme.width(checkpoint.tensors[name].shape[1])
     export.require_format(format, schemes, checkpoint)
     return Goal(format, schemes)
+
+
+def _without(names: list[str], exclude: Sequence[str]) -> list[str]:
+    """Names that no pattern matches."""
+    unused = [p for p in exclude if not any(fnmatchcase(n, p) for n in names)]
+    if unused:
+        raise UsageError(
+            f"no linear weight is called {printable(unused[0], 100)}.",
+            fix=f"they are called as {names[0]}; * stands for anything.",
+        )
+    left = [n for n in names if not any(fnmatchcase(n, p) for p in exclude)]
+    if not left:
+        raise UsageError("every linear weight is excluded.", fix="exclude fewer.")
+    return left
 
 
 def require_method(method: str) -> None:
@@ -123,11 +146,21 @@ def require_destination(dst: Path, format: str, checkpoint: Checkpoint, *, overw
         dst.suffix == ".gguf" if format.startswith(GGUF) else dst.suffix in _SINGLE.get(format, ())
     )
     if paths.check_kind(dst, is_file=single) and not overwrite:
-        raise exists_error(dst)
+        raise _with_work(dst) if (work_path(dst) / "journal").is_file() else exists_error(dst)
     files = checkpoint.source.files
     sources = (checkpoint.path, *files) if files else ()
     paths.check_apart([dst, work_path(dst)], sources)
     paths.check_names(dst, {}, (".partial", ".quantizing"))
+
+
+def _with_work(dst: Path) -> ConflictError:
+    """A run that ended between its last two steps, or was begun to replace what is there."""
+    return ConflictError(
+        f"the destination exists, and {printable(str(work_path(dst)))} holds the work of an interrupted run for it.",
+        where=dst,
+        fix="`g2conv check` tells whether the destination is complete; if so remove the work, else pass --overwrite to "
+        "go on.",
+    )
 
 
 def memory_limit(given: int | None) -> int:

@@ -26,7 +26,9 @@ from pages import (
 from quant_examples import EXAMPLES, mixed, run, sensitive, uncalibrated
 
 from g2kit import report
-from g2kit.formats.errors import FormatError
+from g2kit.convert.open import open_checkpoint
+from g2kit.formats.errors import FormatError, UsageError
+from g2kit.model import canonical
 from g2kit.quant import quantize
 from g2kit.quant.cli import g2quant
 from g2kit.quant.document import check_seal, with_sensitivity
@@ -187,6 +189,25 @@ def test_weights_are_ranked_by_what_is_known() -> None:
 def test_leaving_a_weight_adds_what_it_saved() -> None:
     row = next(r for r in run()["exclude"]["rows"] if "down_proj" in r["name"])
     assert row["bytes"] == 256 * 768 * 2 - round(256 * 768 * 4.125 / 8)
+
+
+def test_what_is_excluded_stays_as_it_is(tmp_path: Path, ids: Path) -> None:
+    options: dict[str, Any] = {"group_size": 32, "calibration": ids, "samples": 2, "method": "rtn"}
+    patterns = ["*.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
+    document = quantize(DATA, tmp_path / "out", exclude=patterns, **options)
+    assert document["targets"] == {"int4 g32 sym": 23}
+    assert document["size"]["weights_after"] == (tmp_path / "out/model.safetensors").stat().st_size
+    with open_checkpoint(tmp_path / "out") as back, open_checkpoint(DATA) as source:
+        names = [n for n in canonical.linears(source.tensors) if n not in back.quantized]
+        assert len(names) == 5
+        for name in names:
+            assert np.array_equal(back.tensors[name].read(), source.tensors[name].read())
+    with pytest.raises(UsageError, match=r"no linear weight is called \*.x"):
+        quantize(DATA, tmp_path / "no", exclude=["*.x"], **options)
+    with pytest.raises(UsageError, match="every linear weight is excluded"):
+        quantize(DATA, tmp_path / "no", exclude=["*"], **options)
+    with pytest.raises(UsageError, match="target size"):
+        quantize(DATA, tmp_path / "no", exclude=patterns, target_bpw=6, calibration=ids)
 
 
 def test_sensitivities_come_later() -> None:

@@ -6,7 +6,7 @@ from ..bars import share_bar
 from ..markup import tag
 from ..numerals import count, nbytes, number, percent
 from ..page import Section
-from ..parts import Document, more, note, stack
+from ..parts import Document, command, more, note, stack
 from ..tables import Cell, Column, table
 
 _SHOWN = 8
@@ -54,8 +54,10 @@ def section(document: Document) -> Section | None:
         for part in (rows[:_SHOWN], rows[_SHOWN:])
     )
     left = len(rows) - _SHOWN
+    shown = " ".join(f"--exclude {r['name']}" for r in rows[:3])
     body = stack(
         first_rows,
+        command({"command": shown}),
         more(f"The other {count(left, 'weight')}", rest) if left > 0 else None,
         note("Gains of several weights do not simply add up."),
     )
