@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quant_case import DATA, sequences
 from torch import Tensor
 
 from g2kit.convert.open import Checkpoint, open_checkpoint
@@ -19,8 +20,6 @@ from g2kit.quant.mismatch import correction, share
 from g2kit.quant.pipeline import Options, Pipeline
 from g2kit.quant.scheme import Scheme
 from g2kit.quant.work import Work, WorkCodes
-
-DATA = Path(__file__).parent / "data" / "hf_sharded"
 
 
 def _problem(noise: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,16 +96,11 @@ def fixture() -> Iterator[Checkpoint]:
         yield checkpoint
 
 
-def _ids(seed: int, count: int) -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng(seed)
-    return tuple(np.concatenate([[2], rng.integers(3, 500, 23)]) for _ in range(count))
-
-
 def _run(checkpoint: Checkpoint, path: Path, **options: Any) -> tuple[dict[str, Any], Any]:
     targets: dict[str, Target] = dict.fromkeys(canonical.linears(checkpoint.tensors), Scheme(3, 32))
     with Work(path, {"a": "1"}) as work:
         job = Pipeline(
-            checkpoint, targets, Calibration("test", _ids(1, 12), _ids(2, 4)), work,
+            checkpoint, targets, Calibration("test", sequences(1, (24,) * 12), sequences(2, (24,) * 4)), work,
             Options(method="gptq+", batch_tokens=72, **options),
         )  # fmt: skip
         report = job.run(lambda n, name: None)

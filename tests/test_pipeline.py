@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from quant_case import CALIBRATION, DATA, Result, bytes_of, dense, sequences
 from torch import Tensor
 
 from g2kit.convert.open import Checkpoint, open_checkpoint
@@ -20,16 +20,14 @@ from g2kit.model import canonical
 from g2kit.model import torch_gemma as tg
 from g2kit.quant import choose as choosing
 from g2kit.quant import ggml
-from g2kit.quant.calibration import Calibration
 from g2kit.quant.choose import Target, choose, inputs_of
 from g2kit.quant.hessian import STAGES, Collector, Moments
 from g2kit.quant.pipeline import Batch, Options, Pipeline, batches
-from g2kit.quant.scheme import Codes, Scheme
+from g2kit.quant.scheme import Scheme
 from g2kit.quant.states import States
 from g2kit.quant.weights import Weights
 from g2kit.quant.work import Work, WorkCodes
 
-DATA = Path(__file__).parent / "data" / "hf_sharded"
 FOUR = Scheme(4, 32)
 
 
@@ -39,23 +37,12 @@ def fixture() -> Iterator[Checkpoint]:
         yield checkpoint
 
 
-def _ids(seed: int, lengths: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng(seed)
-    return tuple(np.concatenate([[2], rng.integers(3, 500, n - 1)]) for n in lengths)
-
-
-CALIBRATION = Calibration("test", _ids(1, (24,) * 9 + (16, 16)), _ids(2, (24, 24, 16)))
-
-
 def _targets(checkpoint: Checkpoint, target: Target = FOUR) -> dict[str, Target]:
     return dict.fromkeys(canonical.linears(checkpoint.tensors), target)
 
 
 def _nothing(nbytes: int, name: str) -> None:
     pass
-
-
-Result = tuple[dict[str, Any], dict[str, Any]]
 
 
 def _run(
@@ -74,16 +61,8 @@ def _run(
     return report, codes
 
 
-def _bytes(value: Any) -> tuple[bytes, ...]:
-    if isinstance(value, Codes):
-        parts = [value.codes, value.scales, *([] if value.zeros is None else [value.zeros])]
-    else:
-        parts = [value.data]
-    return tuple(p.numpy().tobytes() for p in parts)
-
-
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(_bytes(a[n]) == _bytes(b[n]) for n in a)
+    return a.keys() == b.keys() and all(bytes_of(a[n]) == bytes_of(b[n]) for n in a)
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +70,12 @@ def whole(fixture: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Resu
     return _run(fixture, tmp_path_factory.getbasetemp() / "whole-work")
 
 
-def _dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return {n: torch.from_numpy(t.read().astype(np.float32)) for n, t in checkpoint.tensors.items()}
-
-
 # ---------------------------------------------------------------- what is said is true
 
 
 def test_the_report_is_about_these_codes(fixture: Checkpoint, whole: Result) -> None:
     report, codes = whole
-    original = _dense(fixture)
+    original = dense(fixture)
     rounded = original | {n: c.dequantize() for n, c in codes.items()}
     total = count = 0.0
     for ids in CALIBRATION.held[1::2]:  # the others chose between methods
@@ -123,7 +98,7 @@ def test_the_report_is_about_these_codes(fixture: Checkpoint, whole: Result) -> 
 def test_held_out_errors_are_those_of_the_codes(fixture: Checkpoint, whole: Result) -> None:
     """The first block's inputs are known without a pipeline: the model's own."""
     report, codes = whole
-    original = _dense(fixture)
+    original = dense(fixture)
     seen: list[Tensor] = []
 
     def watch(name: str, x: Tensor, w: Tensor) -> Tensor:
@@ -176,7 +151,7 @@ def test_states_on_disk_and_one_pass_per_block(
     assert _same(_run(fixture, tmp_path / "a", keep_states=False)[1], whole[1])
     report, codes = _run(fixture, tmp_path / "b", sequential=False)
     first = STAGES[0].names(0)
-    assert all(_bytes(codes[n]) == _bytes(whole[1][n]) for n in first)
+    assert all(bytes_of(codes[n]) == bytes_of(whole[1][n]) for n in first)
     assert report["quality"]["kl"] < 1.5 * whole[0]["quality"]["kl"]
 
 
@@ -384,10 +359,10 @@ def test_every_stage_sees_its_own_input(fixture: Checkpoint) -> None:
 
 
 def test_batches_are_neighbours_of_one_length() -> None:
-    assert batches(_ids(0, (8, 8, 8, 5, 5)), 100, 16) == [
+    assert batches(sequences(0, (8, 8, 8, 5, 5)), 100, 16) == [
         Batch(100, 2, 8), Batch(116, 1, 8), Batch(124, 2, 5),
     ]  # fmt: skip
-    assert batches(_ids(0, (40,)), 0, 16) == [Batch(0, 1, 40)]
+    assert batches(sequences(0, (40,)), 0, 16) == [Batch(0, 1, 40)]
 
 
 # ---------------------------------------------------------------- choices
@@ -446,6 +421,6 @@ def test_dead_columns_and_clipping_are_counted() -> None:
 def test_pipeline_leaves_the_weights_alone(fixture: Checkpoint, whole: Result) -> None:
     name = canonical.O.format(i=2)
     back = whole[1][name].dequantize()
-    weight = _dense(fixture)[name]
+    weight = dense(fixture)[name]
     record = whole[0]["linears"][name]
     assert record["weight_error"] == pytest.approx(float((weight - back).norm() / weight.norm()))

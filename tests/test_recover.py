@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quant_case import CALIBRATION, DATA, Result, bytes_of, dense, sequences
 from torch import Tensor
 
 from g2kit.convert.open import Checkpoint, open_checkpoint
@@ -17,7 +18,6 @@ from g2kit.formats.errors import ConflictError, NonFiniteError, UsageError
 from g2kit.model import canonical
 from g2kit.model import torch_gemma as tg
 from g2kit.quant import gptq, quantize
-from g2kit.quant.calibration import Calibration
 from g2kit.quant.choose import Rounded, Target
 from g2kit.quant.distill import divergence
 from g2kit.quant.ggml import FORMATS, Blocks, encode
@@ -27,7 +27,6 @@ from g2kit.quant.scheme import Codes, Scheme, on_grid
 from g2kit.quant.tunable import Block, Gain, Shifts
 from g2kit.quant.work import Work, WorkCodes
 
-DATA = Path(__file__).parent / "data" / "hf_sharded"
 SHORT = {
     "blockwise": Tuning(steps=6, every=3, gain_rate=3e-3, tokens=48),
     "end_to_end": Tuning(steps=8, every=2, patience=9, gain_rate=3e-3, tokens=48),
@@ -219,14 +218,6 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
 # ---------------------------------------------------------------- in the pipeline
 
 
-def _ids(seed: int, lengths: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng(seed)
-    return tuple(np.concatenate([[2], rng.integers(3, 500, n - 1)]) for n in lengths)
-
-
-CALIBRATION = Calibration("test", _ids(1, (24,) * 9 + (16, 16)), _ids(2, (24, 24, 16)))
-
-
 @pytest.fixture(scope="module")
 def fixture() -> Iterator[Checkpoint]:
     with open_checkpoint(DATA) as checkpoint:
@@ -240,9 +231,6 @@ def _targets(checkpoint: Checkpoint) -> dict[str, Target]:
 
 class _StopError(Exception):
     pass
-
-
-Result = tuple[dict[str, Any], dict[str, Any]]
 
 
 def _run(checkpoint: Checkpoint, path: Path, stop: int | None = None, **options: Any) -> Result:
@@ -260,23 +248,13 @@ def _run(checkpoint: Checkpoint, path: Path, stop: int | None = None, **options:
         return report, dict(WorkCodes(work, targets, "g2", 4))
 
 
-def _bytes(value: Any) -> tuple[bytes, ...]:
-    if isinstance(value, Codes):
-        parts = [value.codes, value.scales, *([] if value.zeros is None else [value.zeros])]
-    else:
-        parts = [value if isinstance(value, Tensor) else value.data]
-    return tuple(p.numpy().tobytes() for p in parts)
-
-
 @pytest.fixture(scope="module")
 def whole(fixture: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return _run(fixture, tmp_path_factory.getbasetemp() / "recovered-work")
 
 
 def _kl(checkpoint: Checkpoint, codes: dict[str, Any]) -> float:
-    original = {
-        n: torch.from_numpy(t.read().astype(np.float32)) for n, t in checkpoint.tensors.items()
-    }
+    original = dense(checkpoint)
     new = {n: x if isinstance(x, Tensor) else x.dequantize() for n, x in codes.items()}
     total = count = 0.0
     for ids in CALIBRATION.held[1::2]:  # the others chose between methods
@@ -330,7 +308,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         _run(fixture, tmp_path / "w", at)
     report, codes = _run(fixture, tmp_path / "w")
     assert codes.keys() == whole[1].keys()
-    assert all(_bytes(codes[n]) == _bytes(whole[1][n]) for n in codes)
+    assert all(bytes_of(codes[n]) == bytes_of(whole[1][n]) for n in codes)
     assert report["quality"] == whole[0]["quality"]
     assert report["recovery"] == whole[0]["recovery"]
 
@@ -339,7 +317,7 @@ def test_on_disk_and_without_kept_blocks_it_is_the_same(
     fixture: Checkpoint, whole: Result, tmp_path: Path
 ) -> None:
     _, codes = _run(fixture, tmp_path / "w", keep_states=False, memory=0)
-    assert all(_bytes(codes[n]) == _bytes(whole[1][n]) for n in codes)
+    assert all(bytes_of(codes[n]) == bytes_of(whole[1][n]) for n in codes)
     assert not {"spill.bin", "held.bin"} & {p.name for p in (tmp_path / "w").iterdir()}
 
 
@@ -359,7 +337,7 @@ def test_the_command_writes_what_was_tuned(
 ) -> None:
     monkeypatch.setattr("g2kit.quant.api.Options", _short_options)
     dst = tmp_path / ("m.gguf" if "gguf" in format else "m")
-    ids = np.stack(_ids(1, (16,) * 20))
+    ids = np.stack(sequences(1, (16,) * 20))
     report = quantize(
         DATA, dst, 4, group_size=32, format=format, recover="scales", calibration=ids, samples=12,
         seq_len=16, held_out=0.25,
