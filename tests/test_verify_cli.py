@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_case
 import numpy as np
 import pytest
 from configs import small
@@ -24,6 +26,7 @@ from g2kit.verify import cli, parity
 from g2kit.verify.cli import g2verify
 
 SAMPLE = str(sample_dir())
+run = partial(command_case.run, g2verify)
 COMMANDS = ("compare", "weights", "record", "merge", "self-test", "logits", "report")
 
 
@@ -50,12 +53,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "broken": write(root / "broken", {**WEIGHTS, BROKEN: changed}),
         "nan": write(root / "nan", {**WEIGHTS, BROKEN: nan}),
     }
-
-
-def run(*args: str, capsys: Any) -> tuple[int, str, str]:
-    status = run_cli(g2verify, list(args))
-    done = capsys.readouterr()
-    return status, done.out, done.err
 
 
 def test_every_command_has_help(capsys: Any) -> None:
