@@ -18,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ from g2kit.model import canonical
 from g2kit.model import torch_gemma as tg
 from g2kit.model.sample import heldout_text, sample_dir, training_text
 from g2kit.quant import quantize
-from g2kit.quant.ggml.types import FORMATS, block_format
+from g2kit.quant.ggml.types import block_format
 from g2kit.quant.measure import sensitivity
 from g2kit.quant.sampling import sample_sequences
 from g2kit.quant.scheme import Scheme
@@ -70,6 +70,7 @@ GGML = {
     "Q6_K": GGML_GOAL,
 }  # fmt: skip
 SELF = ("4g128", "3g128")
+TABLES = ("uniform", "blocks", "own", "target")
 TARGETS = {"compressed-tensors": (3.5, 3.8, 4.125, 4.5), "gguf": (4.0, 4.5, 5.0)}
 
 
@@ -300,6 +301,7 @@ def main() -> None:
     )
     every = [*UNIFORM, *GGML]
     parser.add_argument("--schemes", metavar="A,B,…", help=f"of {', '.join(every)}")
+    parser.add_argument("--tables", default=",".join(TABLES), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="few tokens and two schemes")
     parser.add_argument("--recover", action="store_true", help="also with recover='scales'")
     parser.add_argument("--threads", type=int, default=2)
@@ -307,15 +309,18 @@ def main() -> None:
     names = args.schemes.split(",") if args.schemes else ["4g128", "Q4_K"] if args.quick else every
     if odd := [n for n in names if n not in every]:
         parser.error(f"no such scheme: {', '.join(odd)}; there are {', '.join(every)}")
+    tables = args.tables.split(",")
+    if odd := [t for t in tables if t not in TABLES]:
+        parser.error(f"no such table: {', '.join(odd)}; there are {', '.join(TABLES)}")
     torch.set_num_threads(args.threads)
     began = time.monotonic()
     count, length, judged = (18, 128, 8) if args.quick else (72, 256, 64)
     with open_checkpoint(sample_dir()) as checkpoint:
-        run(Sample(checkpoint, count, length, judged), names, args.recover, args.schemes is None)
+        run(Sample(checkpoint, count, length, judged), names, args.recover, tables)
     print(f"\n{time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
-def run(sample: Sample, names: list[str], recover: bool, whole: bool) -> None:
+def run(sample: Sample, names: list[str], recover: bool, tables: list[str]) -> None:
     """All that was asked for."""
     quality = sample.measure(sample.weights)
     print(
@@ -324,26 +329,14 @@ def run(sample: Sample, names: list[str], recover: bool, whole: bool) -> None:
     )
     encode, verdict, points = encoder(), Verdict(), Points()
     missing(encode)
-    steps: list[tuple[list[str], Callable[[list[str]], None]]] = [
-        (
-            [n for n in names if n in UNIFORM],
-            lambda x: uniform(sample, x, recover, verdict, points),
-        ),
-    ]
-    if encode is not None:
-        peer = encode
-        steps.append(
-            (
-                [n for n in names if n in FORMATS],
-                lambda x: blocks(sample, x, peer, recover, verdict, points),
-            )
-        )
-    if whole:
-        steps.append(([n for n in SELF if n in names], lambda x: own_text(sample, x, verdict)))
-        steps.append((names, lambda x: allocated(sample, verdict, points)))
-    for chosen, step in steps:
-        if chosen:
-            step(chosen)
+    if "uniform" in tables and (chosen := [n for n in names if n in UNIFORM]):
+        uniform(sample, chosen, recover, verdict, points)
+    if "blocks" in tables and encode is not None and (chosen := [n for n in names if n in GGML]):
+        blocks(sample, chosen, encode, recover, verdict, points)
+    if "own" in tables and (chosen := [n for n in SELF if n in names]):
+        own_text(sample, chosen, verdict)
+    if "target" in tables:
+        allocated(sample, verdict, points)
     verdict.print()
 
 

@@ -38,7 +38,7 @@ OVERRIDES: Mapping[str, bool] = {
     "mlx": False,
     GGUF: False,
 }
-_UNIFORM = tuple((bits, group) for bits in (2, 3, 4, 8) for group in (128, 32))
+_UNIFORM = tuple((bits, group) for bits in (2, 3, 4, 8) for group in (128, 64, 32))
 _BLOCKS = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q8_0")  # for rows that do not divide into 256
 _CHOICE = re.compile(r"([2348])(?:g(32|64|128)|row)")
