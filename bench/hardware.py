@@ -1,0 +1,90 @@
+"""Parity across runners and devices: a model recorded by torch on the CPU in float32, verified by every other way to run it.
+
+    python bench/hardware.py                       # the bundled sample
+    python bench/hardware.py --size 2b             # random weights of a real shape
+    python bench/hardware.py --size 2b --layers 4  # fewer layers
+
+Rows: the jax runner in float32 and bfloat16, torch in bfloat16, transformers, and on a CUDA device torch in float32 (TF32
+off) and bfloat16. A row whose runner or device is missing says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sizes import PRESETS
+from verify import in_child
+
+ROWS = (
+    ("jax", "cpu", "float32"),
+    ("jax", "cpu", "bfloat16"),
+    ("torch", "cpu", "bfloat16"),
+    ("transformers", "cpu", "float32"),
+    ("torch", "cuda", "float32"),
+    ("torch", "cuda", "bfloat16"),
+)
+NOTHING = "| {} | {} | {} | {} | | | |"
+
+
+def g2verify(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command of this environment."""
+    command = str(Path(sys.executable).with_name("g2verify"))
+    return subprocess.run([command, *args], capture_output=True, text=True)
+
+
+def row(recording: Path, model: Path, runner: str, device: str, dtype: str, profile: str) -> str:
+    """One comparison as a line of the table."""
+    done = g2verify(
+        "compare", str(recording), str(model), "--json", "--profile", profile, "--config",
+        str(model), "--reference-embedding", str(model), "--cand-runner", runner,
+        "--cand-dtype", dtype, "--cand-device", device,
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    claims = {c["id"]: c for c in said["claims"]}
+    if "X1" not in claims:
+        return NOTHING.format(runner, device, dtype, "not run: " + said["summary"])
+    largest = next(e for e in claims["X1"]["evidence"] if e["metric"] == "KL, maximum")
+    return (
+        f"| {runner} | {device} | {dtype} | {claims['X1']['verdict']} | {largest['value']:.1e} | "
+        f"{largest['threshold']:.1e} | {said['run']['seconds']:.0f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--size", choices=PRESETS, help="random weights instead of the sample")
+    parser.add_argument("--layers", type=int, help="this many layers instead of all")
+    parser.add_argument("--profile", default="smoke", choices=("smoke", "ci", "full"))
+    parser.add_argument("--dir", type=Path, default=Path(__file__).parent / "data")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        if args.size is None:
+            from g2kit.model.sample import sample_dir
+
+            model = sample_dir()
+        else:
+            name = f"{args.size}-{args.layers}" if args.layers else args.size
+            root = args.dir.absolute() / name
+            in_child(args.size, root, args.layers, "safetensors")
+            model = root / "hf"
+        recording = Path(work) / "recording"
+        made = g2verify(
+            "record", str(model), str(recording), "--profile", args.profile, "--config", str(model)
+        )
+        if made.returncode:
+            sys.exit(made.stderr)
+        print("| runner | device | dtype | verdict | largest KL, nats | allowed | seconds |")
+        print("|---|---|---|---|---|---|---|")
+        for runner, device, dtype in ROWS:
+            print(row(recording, model, runner, device, dtype, args.profile), flush=True)
+
+
+if __name__ == "__main__":
+    main()
