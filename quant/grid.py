@@ -32,7 +32,7 @@ def plain_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     w = _grouped(weight, scheme)
     if scheme.symmetric:
         return on_grid(w.abs().amax(-1) / (scheme.middle - 0.5)), None
-    low, high = _range(w)
+    low, high = _range(w, scheme)
     scale = on_grid((high - low) / (scheme.levels - 1))
     return scale, _zero(low, scale, scheme)
 
@@ -161,7 +161,7 @@ def _search_symmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Ten
 
 
 def _search_asymmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    low, high = _range(w)
+    low, high = _range(w, scheme)
     top = scheme.levels - 1
     scale = on_grid((high - low) / top)
     zero = _zero(low, scale, scheme)
@@ -182,7 +182,7 @@ def _search_asymmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Te
             spread = hqq - hq * hq / total
             s = (hwq - hw * hq / total) / spread.clamp_min(1e-30)
             s = torch.where((s > 0) & torch.isfinite(s), s, start)
-            z = torch.round((hq - hw / s) / total).clamp(0, top)
+            z = torch.round((hq - hw / s) / total).clamp(1, top)
             hwc, hcc = hwq - z * hw, hqq - z * (2.0 * hq - z * total)
             fitted = hwc / hcc.clamp_min(1e-30)
             candidate = on_grid(torch.where(fitted > 0, fitted, s))
@@ -190,13 +190,15 @@ def _search_asymmetric(w: Tensor, h: Tensor, scheme: Scheme) -> tuple[Tensor, Te
     return _polished(w, sums, first, found, scheme)
 
 
-def _range(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight; zero always lies between, so that it is a code."""
-    return w.amin(-1).clamp_max(0.0), w.amax(-1).clamp_min(0.0)
+def _range(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """What the codes shall reach: every weight, and a step below nothing, so that code 1 at least is zero."""
+    high = w.amax(-1).clamp_min(0.0)
+    return torch.minimum(w.amin(-1).clamp_max(0.0), -high / (scheme.levels - 2)), high
 
 
 def _zero(low: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    return torch.round(-low / scale).clamp(0, scheme.levels - 1).to(torch.uint8)
+    """From 1 on: GPTQ's files store zeros less one, and one set of codes shall fit every format."""
+    return torch.round(-low / scale).clamp(1, scheme.levels - 1).to(torch.uint8)
 
 
 def _nonzero(scale: Tensor) -> Tensor:

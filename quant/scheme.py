@@ -24,7 +24,7 @@ class Scheme:
         bits: per code.
         group_size: columns that share a scale; -1 for a whole row.
         symmetric: ``zero`` is ``2**(bits - 1)`` everywhere, and scales may be negative (the full range of codes is used,
-            whichever sign the largest weight has); else a zero per group and positive scales.
+            whichever sign the largest weight has); else a zero per group, from 1 on, and positive scales.
 
     Raises:
         UsageError: not a scheme there is.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ SUFFIX = ".quantizing"
 VERSION = 1
 _IDS = "calibration.npy"
 _TUNING, _TUNED = "tuning.npz", "tuned.npz"
+# numpy parses headers with Python's own parser, which raises SystemError now and then where two threads use it (3.11)
+_READING = threading.Lock()
 _OURS = re.compile(
     r"lock|journal|calibration\.npy|(spill|held)\.bin|(states-\d+\.bin|layer-\d+\.npz|tun(ing|ed)\.npz)(\.new)?"
 )
@@ -274,7 +277,7 @@ class Work:
     def _arrays(self, file: str, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Arrays of a file, those there are of ``keys``."""
         try:
-            with np.load(self.path / file, allow_pickle=False) as archive:
+            with _READING, np.load(self.path / file, allow_pickle=False) as archive:
                 return {
                     k: archive[k] for k in (archive.files if keys is None else keys) if k in archive
                 }

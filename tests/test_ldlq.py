@@ -13,7 +13,7 @@ from torch import Tensor
 from g2kit.quant.columns import BLOCK, ldlq_columns
 from g2kit.quant.factor import Factor, factor
 from g2kit.quant.gptq import UniformGrid
-from g2kit.quant.grid import plain_grid, quantize_to
+from g2kit.quant.grid import plain_grid, quantize_to, search_grid
 from g2kit.quant.scheme import Scheme
 
 
@@ -105,3 +105,29 @@ def test_a_wrong_factor_gives_other_codes(broken: str) -> None:
     grid = UniformGrid(160, scales, None, scheme, torch.float64)
     want = textbook(weight.double(), h, scales, torch.full_like(scales, 8), scheme, f.order)
     assert not torch.equal(ldlq_columns(weight.double(), grid, wrong[broken]), want)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([2, 3, 4, 8]), low=st.floats(-2, 1), high=st.floats(0, 2),
+    weighted=st.booleans(),
+)  # fmt: skip
+def test_zeros_fit_every_format(
+    seed: int, bits: int, low: float, high: float, weighted: bool
+) -> None:
+    """From 1 on, for GPTQ; and no weight of a group on one side of zero is clipped for that on the plain grid."""
+    g = torch.Generator().manual_seed(seed)
+    weight = low + (high - low) * torch.rand(5, 64, generator=g)
+    scheme = Scheme(bits, 32, False)
+    scales, zeros = plain_grid(weight, scheme)
+    assert zeros is not None
+    assert 1 <= int(zeros.min()) <= int(zeros.max()) < scheme.levels
+    codes = quantize_to(weight, scales, zeros, scheme).view(5, 2, 32).float()
+    back = (codes - zeros.float()[..., None]) * scales[..., None]
+    w = weight.view(5, 2, 32)
+    # a step, and what rounding the scale to bfloat16 does to the largest
+    assert bool(((back - w).abs() <= 1.02 * scales[..., None] + w.abs() / 128).all())
+    importance = torch.rand(64, generator=g) if weighted else None
+    _, zeros = search_grid(weight, scheme, importance)
+    assert zeros is not None
+    assert 1 <= int(zeros.min()) <= int(zeros.max()) < scheme.levels
