@@ -14,11 +14,12 @@ from verify_cases import model, random_probes, sample, sample_floor, sample_prob
 from g2kit.formats.dtypes import BF16, F32
 from g2kit.formats.errors import UsageError
 from g2kit.model import canonical
+from g2kit.verify.branch import Branch, Change, Remembered
 from g2kit.verify.claims import judge
 from g2kit.verify.floor import Floor
 from g2kit.verify.mutants import ExchangedLayers, Mutant, _flip_exponent, mutants
 from g2kit.verify.runners import open_runner
-from g2kit.verify.self_test import Remembered, Trial, _try, crossing_probes, self_test, trials
+from g2kit.verify.self_test import Trial, _try, crossing_probes, self_test, trials
 from g2kit.verify.views import changed, renamed, shifted_rows
 
 pytest.importorskip("torch")
@@ -105,9 +106,7 @@ def test_the_report_of_the_self_test() -> None:
 def trial(m: Mutant, floor: Floor, judge: Any = judge) -> Trial:
     with open_runner("torch", sample()) as base:
         probes = list(sample_probes()[1:4])
-        return _try(
-            m, sample(), Remembered(base), probes, floor, judge, "torch", None, lambda n, s: None
-        )
+        return _try(m, sample(), Remembered(base), probes, floor, judge, None, lambda n, s: None)
 
 
 def test_no_mistake_is_not_caught() -> None:
@@ -252,3 +251,71 @@ def test_crossing_probes() -> None:
     assert len(crossing_probes(sample_probes(), c)[0].tokens) == 70
     assert crossing_probes(sample_probes()[1:4], c) == []
     assert crossing_probes(sample_probes(), c.with_(sliding_window=None)) == []
+
+
+# ---- the reference's side is shared ----------------------------------------------------------------------------------
+
+CHANGES = {
+    "window-off": (False, {0, 2}, False, False, 64), "window-by-one": (False, {0, 2}, False, False, 64),
+    "layers-flipped": (False, {0, 1, 2, 3}, False, False, 64), "layer-global": (False, {2}, False, False, 64),
+    "attention-cap": (False, {0, 1, 2, 3}, True, False, 0), "final-cap": (False, set(), False, True, 0),
+    "norm-epsilon": (False, {0, 1, 2, 3}, True, False, 0), "gelu-erf": (False, {0, 1, 2, 3}, False, False, 0),
+    "final-norm": (False, set(), True, False, 0), "layers-swapped": (False, {1, 2}, False, False, 0),
+    "one-weight": (False, {2}, False, False, 0), "norms-plus-one": (False, {0, 1, 2, 3}, True, False, 0),
+    "embedding-shifted": (True, set(), False, True, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_what_a_mistake_changes(name: str) -> None:
+    m = next(m for m in mutants(sample()) if m.id == name)
+    c = Change.between(sample(), m.checkpoint, code=m.activation is not None)
+    assert (c.embedding, set(c.blocks), c.final, c.head, c.start) == CHANGES[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["window-by-one", "layers-flipped", "query-scale", "one-weight", "embedding-shifted"]
+)
+def test_a_branch_computes_what_the_whole_model_does(name: str) -> None:
+    """Against running every block of the changed model; equal to the bit where nothing can differ."""
+    m = next(m for m in mutants(sample()) if m.id == name)
+    ids = np.stack([p.tokens[:69] for p in sample_probes() if len(p.tokens) >= 69])
+    change = Change.between(sample(), m.checkpoint)
+    with open_runner("torch", m.checkpoint) as whole:
+        want = [*whole.hidden_states(ids), whole.final_hidden()]
+    with open_runner("torch", sample()) as base, open_runner("torch", m.checkpoint) as own:
+        ref = Remembered(base)
+        cand = Branch(ref, own, change)
+        inputs = ref.hidden_states(ids)
+        got = [cand.start(ids)]
+        for layer in range(4):
+            got.append(cand.advance())
+            alone = cand.replay(inputs[layer])
+            assert np.array_equal(alone, inputs[layer + 1]) == (layer not in change.blocks)
+        got.append(cand.final_hidden())
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-4, atol=2e-4)
+    for kept, mine in zip(inputs, got[:-1], strict=True):
+        assert np.array_equal(kept[:, : change.start], mine[:, : change.start])
+    first = change.first
+    assert first is not None or change.embedding
+    assert cand.ran < 2 * 4 or len(change.blocks) == 4 or change.embedding
+
+
+def test_a_mistake_that_few_tokens_do_not_show_gets_more() -> None:
+    """Six tokens of a model whose changed row nothing reads at first."""
+    tried = list(trials(sample(), sample_probes(), sample_floor(), only=["gelu-erf", "one-bit"],
+                        budgets=(8, 200)))  # fmt: skip
+    assert all("L1" in t.caught_by for t in tried)
+    assert min(t.positions for t in tried) < 60
+
+
+def test_states_of_a_prefix_are_found() -> None:
+    ids = np.random.default_rng(0).integers(0, 64, (2, 9))
+    with open_runner("torch", model()) as base:
+        ref = Remembered(base)
+        whole = ref.hidden_states(ids)
+        part = ref.prefix(ids[1, :5])
+        assert np.array_equal(part[3], whole[3][1:, :5])
+        other = ref.prefix(ids[1, 1:5])
+        assert other[0].shape == (1, 4, whole[0].shape[2])

@@ -177,22 +177,22 @@ def merge(parts: tuple[Path, ...], **o: Any) -> None:
 @config_options(two=False)
 @click.option("--device", metavar="NAME", help="torch's name of the device.")
 @choice("profile", PROFILES, "ci", "Probes to choose from.")
-@click.option("--only", metavar="IDS", help="Comma-separated ids of mistakes; default all.")
+@click.option("--mutants", "--only", "only", metavar="NAME,…",
+              help="Only these mistakes, by their ids; default all.")  # fmt: skip
+@click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
 @report_options()
 def self_test(model: Path, **o: Any) -> None:
     """Make every known mistake in MODEL, one at a time, and print which claims noticed it and where."""
     with _work("self-test", o, (model,)) as work:
-        from .compare import self_test_document
+        from .compare import self_test_document, self_test_estimate
 
         only = [x.strip() for x in o["only"].split(",")] if o["only"] else []
-        work.document(
-            self_test_document(
-                model,
-                only=only,
-                progress=work.meter,
-                **{n: o[n] for n in ("config", "fix_config", "gating", "device", "profile")},
-            )
-        )
+        names = ("config", "fix_config", "gating", "device", "profile")
+        options = {n: o[n] for n in names}
+        if o["only_estimate"]:
+            work.data(*self_test_estimate(model, only=only, **options))
+            return
+        work.document(self_test_document(model, only=only, progress=work.meter, **options))
 
 
 @g2verify.command(short_help="Write a model's logits to a .npy file.")

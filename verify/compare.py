@@ -16,7 +16,7 @@ from typing import Any, TypedDict, Unpack
 import numpy.typing as npt
 
 from ..convert.open import Checkpoint
-from ..formats.errors import FormatError, NonFiniteError, UsageError
+from ..formats.errors import FormatError, NonFiniteError
 from ..model.config import GemmaConfig
 from ..sealed import sealed
 from .claims import FAIL, Claim
@@ -272,18 +272,13 @@ def self_test_document(
     Raises:
         G2Error: the model cannot be opened or run.
     """
-    from .mutants import mutants
-    from .self_test import self_test
+    from .self_test import require_known, self_test
 
     engine, _ = engines(dtype="float32", device=device)
     options = Options(profile, engine, engine)
     meter = progress or Silent()
     with open_side(model, config, fix_config=fix_config, gating=gating) as side:
-        known = [m.id for m in mutants(side.opened)]
-        if unknown := sorted(set(only) - set(known)):
-            raise UsageError(
-                f"no mistake is called {unknown[0]!r}.", fix=f"use {', '.join(known)}."
-            )
+        require_known(side.opened, only)
         probes = list(probes_of(side, side, options))
         floor = side_floor(side, options, probes, "float32")
         meter.start(0, "mistakes", "tokens")
@@ -292,6 +287,29 @@ def self_test_document(
         return self_test_report(
             found, side.describe(engine), floor, settings, environment((engine,))
         )
+
+
+def self_test_estimate(
+    model: Where,
+    *,
+    config: Config = None,
+    fix_config: bool = False,
+    gating: str | None = None,
+    device: str | None = None,
+    profile: str = "ci",
+    only: Sequence[str] = (),
+) -> tuple[dict[str, Any], list[str]]:
+    """What :func:`self_test_document` with these arguments would take, as data and as lines; runs nothing.
+
+    Raises:
+        G2Error: the model cannot be opened, or no mistake is called so.
+    """
+    from .estimate_self_test import estimate_self_test, lines
+
+    engine, _ = engines(dtype="float32", device=device)
+    with open_side(model, config, fix_config=fix_config, gating=gating) as side:
+        found = estimate_self_test(side, Options(profile, engine, engine), only)
+    return found, lines(found)
 
 
 def logits_to_file(

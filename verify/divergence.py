@@ -132,7 +132,7 @@ def look_inside(
     Raises:
         UsageError: a runner does not give that.
     """
-    return _inside(dict(tap_errors(ref, cand, tokens, only=layer))[layer], layer, floor)
+    return inside(dict(tap_errors(ref, cand, tokens, only=layer))[layer], layer, floor)
 
 
 def bisect_taps(
@@ -175,11 +175,12 @@ def scan_taps(ref: Runner, cand: Runner, tokens: Array, floor: Floor) -> list[In
     Returns:
         The blocks with an intermediate beyond the floor, in order.
     """
-    found = [_inside(errors, layer, floor) for layer, errors in tap_errors(ref, cand, tokens)]
+    found = [inside(errors, layer, floor) for layer, errors in tap_errors(ref, cand, tokens)]
     return [f for f in found if f is not None]
 
 
-def _inside(errors: dict[str, Array], layer: int, floor: Floor) -> Inside | None:
+def inside(errors: dict[str, Array], layer: int, floor: Floor) -> Inside | None:
+    """The first intermediate beyond the floor, from errors as of :func:`.taps.tap_errors`."""
     thresholds = {n: floor.threshold(n, layer) or 0.0 for n in TAPS}
     found = first_tap(errors, thresholds)
     if found is None:

@@ -22,7 +22,7 @@ _SCORE_COPIES = 3  # of attention scores: as computed, capped and masked, softma
 READ_SAMPLE = 64 << 20
 _SIDE = 768  # of the square matrices whose product is timed
 # passes over the floor's tokens, in passes of the compute type: float64 (counted thrice) and four more pairs' runs
-_FLOOR_PASSES = 11
+FLOOR_PASSES = 11
 # passes over a short prompt: padding, BOS, decoding, greedy choice, masks
 _CHECK_TOKENS = 4000
 
@@ -43,12 +43,12 @@ def estimate(ref: Side, cand: Side, options: Options) -> dict[str, Any]:
         1 if sides == 2 else 0
     )  # the candidate's blocks run on the reference's input too
     flop = sum(forward_flop(config, n, runs, sides) for n in lengths) / share
-    flop += forward_flop(config, BUDGET, _FLOOR_PASSES, _FLOOR_PASSES)
+    flop += forward_flop(config, BUDGET, FLOOR_PASSES, FLOOR_PASSES)
     flop += forward_flop(config, 256, 1, 1) * _CHECK_TOKENS / 256
     weights = sum(
         t.nbytes for s in (ref, cand) if s.checkpoint for t in s.checkpoint.tensors.values()
     )
-    passes = math.ceil(len(batches) / share) + 1 + _FLOOR_PASSES / 2
+    passes = math.ceil(len(batches) / share) + 1 + FLOOR_PASSES / 2
     rate, speed = matmul_rate(), read_rate(cand)
     read = int(weights * passes)
     return {

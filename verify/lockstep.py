@@ -168,6 +168,7 @@ def run_lockstep(
     device: str = "cpu",
     isolated: bool = True,
     tiles: bool = False,
+    only_different: bool = False,
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[int, str], None] = lambda tokens, what: None,
 ) -> LockstepResult:
@@ -183,6 +184,8 @@ def run_lockstep(
         device: torch's name of where the head's products and statistics are computed.
         isolated: run each of the candidate's blocks on the reference's input too, where it can.
         tiles: take the logits the runners make themselves even where their heads are known.
+        only_different: leave out of the statistics what has equal final hidden states, but for one position of every
+            probe; for two with one head, where nothing is to be learnt from the others.
         shard: ``(i, n)``: only batches i, i + n, i + 2 n, …; their numbers are those of the whole run.
         progress: called with tokens just done (a token counts once per layer and once for the head) and a place.
 
@@ -208,13 +211,16 @@ def run_lockstep(
         else:
             run.whole(tokens, real)
         goals = np.concatenate([targets(p) for p in members])
+        sizes = [len(p.tokens) for p in members]
+        if walk and only_different:
+            final, goals, sizes = _different(final, goals)
         if walk and tables is not None:
             states = np.concatenate(final[0]), np.concatenate(final[1])
             configs = ref.config, cand.config
             stats = from_hidden(states, tables, configs, goals, block_rows, scratch, device)
         else:
             stats = from_tiles(ref, cand, real, goals, block_rows, scratch, device)
-        records += _split(members, stats)
+        records += _split(members, sizes, stats)
         progress(int(real.sum()), "logits")
     return merge_results([
         LockstepResult(
@@ -329,11 +335,22 @@ class _Run:
                 self.bad.append(NonFinite(layer, probe.id, int(found[0]), side))
 
 
-def _split(members: Sequence[ProbeLike], stats: Stats) -> Iterator[Record]:
-    """Statistics of a batch's real tokens, one sequence behind the other, by probe."""
+def _different(
+    final: tuple[list[Array], list[Array]], goals: Array
+) -> tuple[tuple[list[Array], list[Array]], Array, list[int]]:
+    """Positions whose final hidden states differ, at least the last of every sequence: states, targets, how many."""
+    masks = [(a != b).any(1) for a, b in zip(*final, strict=True)]
+    for m in masks:
+        m[-1] = True
+    one, two = ([x[m] for x, m in zip(side, masks, strict=True)] for side in final)
+    return (one, two), goals[np.concatenate(masks)], [int(m.sum()) for m in masks]
+
+
+def _split(members: Sequence[ProbeLike], sizes: Sequence[int], stats: Stats) -> Iterator[Record]:
+    """Statistics of a batch's positions, one sequence behind the other, by probe."""
     at = 0
-    for p in members:
-        part = slice(at, at + len(p.tokens))
+    for p, size in zip(members, sizes, strict=True):
+        part = slice(at, at + size)
         yield Record(p.id, p.category, stats.select(part))
         at = part.stop
 

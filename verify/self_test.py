@@ -1,7 +1,8 @@
 """The verifier's own test: known mistakes are made in a model, and every one must be noticed, and at the right place.
 
-The reference runs once; every mutant runs in lockstep with what was kept of it, and is judged by the same claims and the
-same floor as a real comparison. What is not noticed is a hole in the evidence, and the report says so.
+The reference runs once; every mutant runs in lockstep with what was kept of it, from the first block on that it changes
+(:mod:`.branch`), and is judged by the same claims and the same floor as a real comparison: over few tokens, and over more
+where those do not show it. What is not noticed is a hole in the evidence, and the report says so.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,73 +21,30 @@ from ..model.bootstrap import ratio_interval
 from ..model.config import GemmaConfig
 from ..model.logits_stats import Stats
 from .batches import ProbeLike
+from .branch import EXACT, Branch, Change, Remembered
 from .claims import FAIL, Claim, Evidence, Limits, Measured, judge
-from .divergence import Divergence, Inside, divergent, look_inside, scan_taps, shortest_showing
+from .divergence import Divergence, Inside, divergent, inside, shortest_showing
 from .floor import Floor, floor_probes
 from .hypotheses import hypotheses
 from .identity import Identity, compare_identity
 from .lockstep import LockstepResult, run_lockstep
 from .mutants import Mutant, mutants
 from .runners import open_runner
-from .runners.base import Array, Runner, Table, Tap, Tokens
+from .runners.base import Array
 from .side import Side
+from .taps import TapPair
 from .weights import compare_weights
 
+if TYPE_CHECKING:
+    from .runners.torch_runner import TorchRunner
+
 Judge = Callable[[Evidence], Sequence[Claim]]
-BUDGET = 384  # tokens for mistakes that show anywhere
+BUDGETS = (
+    48,
+    384,
+)  # tokens for mistakes that show anywhere: few, and more where few do not show it
+FUNCTION = {"L1", "L2", "X1", "Q1", "Q2"}  # claims about what is computed
 SCAN = 128  # tokens for looking into every block
-EXACT = ("float32", "float64")
-
-
-class Remembered(Runner):
-    """A runner that runs every batch once and keeps its hidden states."""
-
-    name: ClassVar[str] = "remembered"
-    gives: ClassVar[frozenset[str]] = frozenset({"blocks"})
-    dtypes: ClassVar[tuple[str, ...]] = EXACT
-
-    def __init__(self, base: Runner) -> None:
-        self.base, self.config, self.dtype = base, base.config, base.dtype
-        self._kept: dict[bytes, tuple[list[Array], Array]] = {}
-        self._now: tuple[list[Array], Array] | None = None
-
-    def start(self, tokens: Tokens, padding: Any = None) -> Array:
-        """See :meth:`.runners.base.Runner.start`."""
-        batch = self._begin(tokens, padding)
-        key = repr(batch.shape).encode() + batch.tokens.tobytes() + batch.real.tobytes()
-        if key not in self._kept:
-            states = self.base.hidden_states(batch.tokens, batch.real)
-            self._kept[key] = (states, self.base.final_hidden())
-        self._now = self._kept[key]
-        return self._now[0][0]
-
-    def advance(self, tap: Tap | None = None) -> Array:
-        """See :meth:`.runners.base.Runner.advance`."""
-        if tap is not None:
-            raise self._cannot("taps")
-        self.layer = self._next_layer() + 1
-        assert self._now is not None
-        return self._now[0][self.layer]
-
-    def final_hidden(self) -> Array:
-        """See :meth:`.runners.base.Runner.final_hidden`."""
-        self._all_ran()
-        assert self._now is not None
-        return self._now[1]
-
-    def logit_tiles(
-        self, rows: int | None = None, positions: slice = slice(None)
-    ) -> Iterator[tuple[int, int, Array]]:
-        """Not kept."""
-        raise self._cannot("logits")
-
-    def table(self) -> Table | None:
-        """See :meth:`.runners.base.Runner.table`."""
-        return self.base.table()
-
-    def close(self) -> None:
-        """Let go of the states; the base stays open."""
-        self._kept, self._now = {}, None
 
 
 @dataclass(frozen=True)
@@ -95,7 +53,8 @@ class Trial:
 
     Attributes:
         mutant: what was done.
-        result: of the comparison.
+        result: of the comparison; positions at which nothing differs are left out.
+        positions: that were compared.
         found: layers beyond the floor.
         inside: what the first divergent block shows inside.
         scan: blocks with an intermediate beyond the floor, looked for where no block's output is.
@@ -105,6 +64,7 @@ class Trial:
 
     mutant: Mutant
     result: LockstepResult
+    positions: int
     found: list[Divergence]
     inside: Inside | None
     scan: list[Inside]
@@ -153,7 +113,7 @@ class Trial:
             "caught_by": self.caught_by,
             "claims": {c.id: c.verdict for c in self.claims},
             "kl_max": float(kl.max()) if len(kl) else None,
-            "kl_mean": math.fsum(kl.tolist()) / len(kl) if len(kl) else None,
+            "kl_mean": math.fsum(kl.tolist()) / self.positions if len(kl) else None,
             "expected_layers": list(self.mutant.layers) or [self.mutant.place],
             "found_layer": self.found_layer(floor),
             "tap": None if self.inside is None else self.inside.tap,
@@ -168,9 +128,8 @@ def self_test(
     floor: Floor,
     judge: Judge = judge,
     *,
-    runner: str = "torch",
     device: str | None = None,
-    budget: int = BUDGET,
+    budgets: Sequence[int] = BUDGETS,
     only: Sequence[str] = (),
     progress: Callable[[int, str], None] = lambda tokens, what: None,
 ) -> dict[str, Any]:
@@ -181,9 +140,8 @@ def self_test(
         probes: of which some are taken: one that crosses the window, and short ones.
         floor: of the model in float32.
         judge: the claims.
-        runner: ``torch``; the mutants' computation.
-        device: of the runner.
-        budget: tokens for mistakes that show anywhere.
+        device: of the torch runner.
+        budgets: tokens for mistakes that show anywhere, ascending; the first that shows one is enough.
         only: ids of :mod:`.mutants` to try; default all.
         progress: called with tokens just done and a place.
 
@@ -195,8 +153,10 @@ def self_test(
     """
     rows = [
         t.to_json(floor)
-        for t in trials(checkpoint, probes, floor, judge, runner=runner, device=device,
-                        budget=budget, only=only, progress=progress)
+        for t in trials(
+            checkpoint, probes, floor, judge,
+            device=device, budgets=budgets, only=only, progress=progress,
+        )
     ]  # fmt: skip
     caught = sum(bool(r["caught_by"]) for r in rows)
     layers = checkpoint.config.num_hidden_layers
@@ -209,9 +169,8 @@ def trials(
     floor: Floor,
     judge: Judge = judge,
     *,
-    runner: str = "torch",
     device: str | None = None,
-    budget: int = BUDGET,
+    budgets: Sequence[int] = BUDGETS,
     only: Sequence[str] = (),
     progress: Callable[[int, str], None] = lambda tokens, what: None,
 ) -> Iterator[Trial]:
@@ -220,20 +179,17 @@ def trials(
         raise UsageError(
             f"the self-test needs a float32 floor, this is one of {floor.dtype}: in it most mistakes are lost in rounding."
         )
+    require_known(checkpoint, only)
     chosen = list(mutants(checkpoint))
-    unknown = sorted(set(only) - {m.id for m in chosen})
-    if unknown:
-        known = ", ".join(m.id for m in chosen)
-        raise UsageError(f"no mutant is called {unknown[0]!r}.", fix=f"use some of {known}.")
     probes = list(probes)
-    short = floor_probes(probes, budget)
-    crossing = crossing_probes(probes, checkpoint.config) or short
-    with open_runner(runner, checkpoint, dtype=floor.dtype, device=device) as base:
-        ref = Remembered(base)
+    few = [floor_probes(probes, n) for n in budgets]
+    crossing = crossing_probes(probes, checkpoint.config)
+    with open_runner("torch", checkpoint, dtype=floor.dtype, device=device) as base:
+        ref = Remembered(cast("TorchRunner", base))
         for m in chosen:
             if not only or m.id in only:
-                tokens = crossing if m.window else short
-                yield _try(m, checkpoint, ref, tokens, floor, judge, runner, device, progress)
+                sets = [crossing] if m.window and crossing else few
+                yield _first_showing(m, checkpoint, ref, sets, floor, judge, device, progress)
 
 
 def crossing_probes(probes: Iterable[ProbeLike], config: GemmaConfig) -> list[ProbeLike]:
@@ -243,6 +199,31 @@ def crossing_probes(probes: Iterable[ProbeLike], config: GemmaConfig) -> list[Pr
     return [min(long, key=lambda p: (len(p.tokens), p.id))] if long else []
 
 
+def require_known(checkpoint: Checkpoint, only: Sequence[str]) -> None:
+    """Raise UsageError unless these are ids of mistakes that the model can have."""
+    known = [m.id for m in mutants(checkpoint)]
+    if unknown := sorted(set(only) - set(known)):
+        raise UsageError(
+            f"no mutant is called {unknown[0]!r}.", fix=f"use some of {', '.join(known)}."
+        )
+
+
+def _first_showing(
+    m: Mutant,
+    checkpoint: Checkpoint,
+    ref: Remembered,
+    sets: Sequence[list[ProbeLike]],
+    floor: Floor,
+    *rest: Any,
+) -> Trial:
+    """The trial over the first set of probes that shows the mistake where it is, else over the last."""
+    for probes in sets:
+        found = _try(m, checkpoint, ref, probes, floor, *rest)
+        if set(found.caught_by) & FUNCTION and found.right_place(floor):
+            break
+    return found
+
+
 def _try(
     m: Mutant,
     checkpoint: Checkpoint,
@@ -250,45 +231,63 @@ def _try(
     probes: list[ProbeLike],
     floor: Floor,
     judge: Judge,
-    runner: str,
     device: str | None,
     progress: Callable[[int, str], None],
 ) -> Trial:
     identity = compare_identity(_side(checkpoint), _side(m.checkpoint))
-    with _open(m, runner, floor.dtype, device) as cand:
-        result = run_lockstep(ref, cand, probes, progress=progress)
+    change = Change.between(checkpoint, m.checkpoint, code=m.activation is not None)
+    with Branch(ref, _open(m, floor.dtype, device), change) as cand:
+        result = run_lockstep(ref, cand, probes, only_different=not change.head, progress=progress)
         found = divergent(result, floor)
-        inside, scan = None, []
+        within, scan = None, []
         if not found:
-            scan = scan_taps(ref.base, cand, probes[0].tokens[:SCAN], floor)
-            inside = scan[0] if scan else None
+            scan = _scan(ref, cand, probes[0].tokens[:SCAN], floor)
+            within = scan[0] if scan else None
         elif 0 <= found[0].layer < checkpoint.config.num_hidden_layers:
             tokens = shortest_showing(result, probes, found[0])
             if tokens is not None:
-                inside = look_inside(ref.base, cand, tokens, found[0].layer, floor)
-    evidence = _evidence(checkpoint, m.checkpoint, identity, result, found, inside, floor)
+                within = _look(ref, cand, tokens, found[0].layer, floor)
+    evidence = _evidence(checkpoint, m.checkpoint, identity, result, found, within, floor)
     reasons = hypotheses(
         result,
         floor,
-        inside=inside,
+        inside=within,
         scan=scan,
         differences=[d.to_json() for d in identity.differences],
     )
     text = reasons[0].text if reasons else ""
-    return Trial(m, result, found, inside, scan, judge(evidence), text)
+    positions = sum(len(p.tokens) for p in probes)
+    return Trial(m, result, positions, found, within, scan, judge(evidence), text)
+
+
+def _scan(ref: Remembered, cand: Branch, tokens: Array, floor: Floor) -> list[Inside]:
+    """As :func:`.divergence.scan_taps`, of the blocks that can differ."""
+    found = [_look(ref, cand, tokens, layer, floor) for layer in sorted(cand.change.blocks)]
+    return [f for f in found if f is not None]
+
+
+def _look(ref: Remembered, cand: Branch, tokens: Array, layer: int, floor: Floor) -> Inside | None:
+    """As :func:`.divergence.look_inside`, on states that are kept and at positions that can differ."""
+    start = min(cand.change.start, len(tokens) - 1)
+    before, pair = ref.prefix(tokens)[layer], TapPair(start)
+    for runner, tap in ((ref.base, pair.keep), (cand.own, pair.compare)):
+        runner.start(tokens)
+        runner.block(layer, before, start, tap)
+    found = inside(pair.errors, layer, floor)
+    return None if found is None else replace(found, position=found.position + start)
 
 
 def _side(checkpoint: Checkpoint) -> Side:
     return Side(Path(checkpoint.path), checkpoint, None)
 
 
-def _open(m: Mutant, runner: str, dtype: str, device: str | None) -> Runner:
+def _open(m: Mutant, dtype: str, device: str | None) -> Any:
     options: dict[str, Any] = {}
     if m.activation is not None:
         from . import rounding
 
         options["linear"] = rounding.GeluLinear(getattr(rounding, m.activation))
-    return open_runner(runner, m.checkpoint, dtype=dtype, device=device, **options)
+    return open_runner("torch", m.checkpoint, dtype=dtype, device=device, **options)
 
 
 def _evidence(

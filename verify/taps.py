@@ -41,24 +41,40 @@ def tap_errors(
             x = ref.advance()
             cand.advance()
             continue
-        ours: dict[str, Array] = {}
-        found: dict[str, Array] = {}
-
-        def keep(name: str, value: Array, kept: dict[str, Array] = ours) -> None:
-            kept[name] = _by_position(name, value)
-
-        def compare(
-            name: str, value: Array, kept: dict[str, Array] = ours, out: dict[str, Array] = found
-        ) -> None:
-            one, two = kept.pop(name), _by_position(name, value)
-            out[name] = position_errors(one, two)
-            if name == "scores":
-                out[DIAGONAL] = position_errors(_diagonal(one), _diagonal(two))
-
-        before, x = x, ref.advance(keep)
+        pair = TapPair()
+        before, x = x, ref.advance(pair.keep)
         cand.advance()
-        cand.replay(before, compare)
-        yield layer, found
+        cand.replay(before, pair.compare)
+        yield layer, pair.errors
+
+
+class TapPair:
+    """Intermediates of one block, the reference's first, then the candidate's.
+
+    Attributes:
+        errors: tap or :data:`DIAGONAL` -> relative error of every position, as far as compared.
+
+    Args:
+        start: position of the first query.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self._start = start
+        self._kept: dict[str, Array] = {}
+        self.errors: dict[str, Array] = {}
+
+    def keep(self, name: str, value: Array) -> None:
+        """A tap of the reference."""
+        self._kept[name] = _by_position(name, value)
+
+    def compare(self, name: str, value: Array) -> None:
+        """The same of the candidate."""
+        one, two = self._kept.pop(name), _by_position(name, value)
+        self.errors[name] = position_errors(one, two)
+        if name == "scores":
+            self.errors[DIAGONAL] = position_errors(
+                _diagonal(one, self._start), _diagonal(two, self._start)
+            )
 
 
 def _by_position(name: str, value: Array) -> Array:
@@ -66,10 +82,10 @@ def _by_position(name: str, value: Array) -> Array:
     return np.moveaxis(value[0], 1, 0) if name == "scores" else value[0]
 
 
-def _diagonal(scores: Array) -> Array:
-    """``[q, heads, k]`` -> ``[q, heads]`` where q is k."""
+def _diagonal(scores: Array, start: int) -> Array:
+    """``[q, heads, k]`` -> ``[q, heads]`` where k is q's position, ``start`` that of the first."""
     at = np.arange(len(scores))
-    return scores[at, :, at]
+    return scores[at, :, at + start]
 
 
 def first_tap(errors: dict[str, Array], thresholds: dict[str, float]) -> tuple[str, int] | None:

@@ -93,6 +93,26 @@ class TorchRunner(Runner):
         with exact_products():
             return as_numpy(self._run(layer, self._tensor(np.array(hidden)), tap))
 
+    def block(self, layer: int, hidden: Array, start: int = 0, tap: Tap | None = None) -> Array:
+        """Any block on hidden states of the caller's choice, for the batch of the last :meth:`start`; changes nothing.
+
+        Args:
+            layer: the block.
+            hidden: of all positions ``[batch, length, hidden]``; a prefix of the batch's will do.
+            start: give the output from this position on; earlier ones only serve as keys and values.
+            tap: called with name and value of each intermediate, of these positions.
+
+        Returns:
+            ``[batch, length - start, hidden]``.
+        """
+        with exact_products():
+            return as_numpy(self._run(layer, self._tensor(np.array(hidden)), tap, start))
+
+    def normed(self, hidden: Array) -> Array:
+        """The final norm of hidden states of the caller's choice ``[batch, length, hidden]``."""
+        with exact_products():
+            return as_numpy(self._final(self._tensor(np.array(hidden))))
+
     def final_hidden(self) -> Array:
         """See :meth:`.base.Runner.final_hidden`."""
         self._all_ran()
@@ -143,18 +163,22 @@ class TorchRunner(Runner):
             self._kept[layer] = self._loaded[1]
         return self._loaded[1]
 
-    def _run(self, layer: int, x: Tensor, tap: Tap | None) -> Tensor:
-        """One block; queries in pieces where their scores would be large (taps want them whole)."""
+    def _run(self, layer: int, x: Tensor, tap: Tap | None, first: int = 0) -> Tensor:
+        """One block from position ``first`` on; queries in pieces where scores would be large, whole for taps."""
         weights, length = self._block(layer), x.shape[1]
-        if tap is not None:
-            return self._piece(
-                layer, weights, x, slice(None), None, lambda n, v: tap(n, as_numpy(v))
-            )[0]
         scores = x.shape[0] * self.config.num_attention_heads * length * self._type.itemsize
         step = max(16, SCORE_BYTES // scores)
         cache: torch_gemma.Cache | None = None
+        if first:
+            cache = torch_gemma.keys_values(
+                x[:, :first], weights, layer, self.config, self._at[:, :first], linear=self._linear
+            )
+        if tap is not None:
+            return self._piece(
+                layer, weights, x, slice(first, None), cache, lambda n, v: tap(n, as_numpy(v))
+            )[0]
         pieces = []
-        for start in range(0, length, step):
+        for start in range(first, length, step):
             part = slice(start, min(start + step, length))
             y, cache = self._piece(layer, weights, x, part, cache)
             pieces.append(y)
@@ -170,8 +194,8 @@ class TorchRunner(Runner):
         tap: torch_gemma.Tap = torch_gemma.no_tap,
     ) -> tuple[Tensor, torch_gemma.Cache]:
         return torch_gemma.block(
-            x[:, part], weights, layer, self.config, self._at[:, part],
-            padding=self._real[:, : part.stop], cache=cache, linear=self._linear, tap=tap,
+            x[:, part], weights, layer, self.config, self._at[:, : x.shape[1]][:, part],
+            padding=self._real[:, : part.stop or x.shape[1]], cache=cache, linear=self._linear, tap=tap,
         )  # fmt: skip
 
     def _whole_table(self) -> Tensor:
