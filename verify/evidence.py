@@ -17,6 +17,7 @@ from .floor import Floor
 from .identity import Difference, Identity
 from .lockstep import LockstepResult
 from .probes import GROUPS
+from .unnoticed import warning
 from .weights import Row, fingerprints
 
 DOCUMENTS = "P2"  # the group intervals are computed from
@@ -129,7 +130,8 @@ def near_tie(floor: Floor | None) -> float | None:
 def not_verified(f: Findings) -> list[str]:
     """Sentences on what no claim of this report covers."""
     part = f.part
-    said = list(part["identity"]["untested"])
+    wide = warning(part["let_pass"])
+    said = [*([] if wide is None else [wide]), *part["identity"]["untested"]]
     if f.rows is None:
         said.append("Weights were not compared tensor by tensor: a recording holds none.")
     if f.result is None:

@@ -22,7 +22,7 @@ from .behaviour import check_greedy_agreement, run_checks
 from .checks import Check
 from .coverage import coverage
 from .divergence import Inside, first_divergent, look_inside, shortest_showing
-from .floor import Floor, measure_floor
+from .floor import Floor, K, measure_floor
 from .identity import SIZE, Identity, compare_identity
 from .lockstep import LockstepResult, run_lockstep
 from .machine import environment
@@ -121,6 +121,7 @@ def _frame(ref: Side, cand: Side, options: Options, identity: Identity, run: boo
         "floor": None,
         "kernel_floor": None,
         "floor_reason": None,
+        "let_pass": None,  # known mistakes that wide thresholds do not notice
         "coverage": None,
         "contexts": {},
         "pieces": {},
@@ -196,6 +197,7 @@ class _Run:
             self.part["kernel"] = self._compare_kernel(self.kernel).to_json()
         if self.first:
             self._floors(result)
+            self._tolerance()
             self._checks()
         if self.options.shard is None:
             self._extras(result)
@@ -257,6 +259,20 @@ class _Run:
                 self.cand, self._kernel_dtype(), Engine(), tiles=True, kernel=self.kernel
             )
             self.part["kernel_floor"] = self.served.to_json()
+
+    def _tolerance(self) -> None:
+        """What thresholds wider than usual let pass."""
+        if self.options.k <= K or self.part["floor"] is None or self.cand.quantized:
+            return  # what changed weights may cost is a budget, not a multiple of the floor
+        checkpoint = self.ref.checkpoint or self.cand.checkpoint
+        if checkpoint is None:
+            self.part["let_pass"] = {"k": self.options.k, "tried": None, "passed": []}
+            return
+        from .unnoticed import let_pass  # imports torch
+
+        floor = Floor.from_json(self.part["floor"])
+        device = self.engine.device if self.engine.runner == "torch" else None
+        self.part["let_pass"] = let_pass(checkpoint, self.probes, floor, device)
 
     def _kernel_dtype(self) -> str:
         """llama.cpp's rounding is imitated; of other kernels it is only known that inputs may be bfloat16."""

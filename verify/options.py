@@ -78,7 +78,8 @@ class Options:
         budget_of(16.0, self.budget)
         if not 1 <= self.k <= 1e6:
             raise UsageError(
-                f"k is {self.k}, expected at least 1: a threshold below the noise floor means nothing."
+                f"k is {self.k:g}, expected 1 to 1e6: a threshold below the noise floor means nothing, and far above "
+                "it lets every fault pass."
             )
         for path in (self.text, self.tokens):
             if isinstance(path, str | Path) and not Path(path).exists():
