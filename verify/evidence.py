@@ -18,7 +18,7 @@ from .identity import Difference, Identity
 from .lockstep import LockstepResult
 from .probes import GROUPS
 from .unnoticed import warning
-from .weights import Row, fingerprints
+from .weights import QUANTIZED, Row, fingerprints
 
 DOCUMENTS = "P2"  # the group intervals are computed from
 
@@ -134,6 +134,11 @@ def not_verified(f: Findings) -> list[str]:
     said = [*([] if wide is None else [wide]), *part["identity"]["untested"]]
     if f.rows is None:
         said.append("Weights were not compared tensor by tensor: a recording holds none.")
+    if any(r.rule == QUANTIZED and r.promised is None for r in f.rows or ()):
+        said.append(
+            "The candidate has no manifest of g2kit for its packed weights: a damaged code whose row stays within its "
+            "bound would look like rounding."
+        )
     if f.result is None:
         said.append("The models were not run.")
         return said

@@ -275,9 +275,9 @@ class _Run:
         self.part["let_pass"] = let_pass(checkpoint, self.probes, floor, device)
 
     def _kernel_dtype(self) -> str:
-        """llama.cpp's rounding is imitated; of other kernels it is only known that inputs may be bfloat16."""
+        """What a kernel does beyond that is imitated by :mod:`.kernel_floor`."""
         assert self.kernel is not None
-        return "float32" if self.kernel.runner == "llama_cpp" else "bfloat16"
+        return self.kernel.computes_in
 
     def _recorded_floors(self, mine: str, tiles: bool) -> None:
         recording = self.ref.recording
@@ -316,9 +316,9 @@ class _Run:
         served = (kernel or self.engine).runner
         floor = side_floor(side, self.options, list(self.probes), dtype, engine, tiles, served)
         checkpoint = self.cand.checkpoint
-        if served == "llama_cpp" and checkpoint is not None and not is_exact(checkpoint):
+        if checkpoint is not None and not is_exact(checkpoint, served):
             extra = kernel_estimate(
-                checkpoint, list(self.probes), batch_tokens=self.options.batch_tokens
+                checkpoint, list(self.probes), served, batch_tokens=self.options.batch_tokens
             )
             floor = replace(floor, estimators=(*floor.estimators, extra))
         return floor
