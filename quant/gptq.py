@@ -68,7 +68,7 @@ def loss(weight: Tensor, codes: Codes, hessian: Tensor) -> Tensor:
 
 
 def refine(
-    weight: Tensor, codes: Codes, hessian: Tensor, *, rounds: int = 3, sweeps: int = 2
+    weight: Tensor, codes: Codes, hessian: Tensor, *, rounds: int = 4, sweeps: int = 1
 ) -> Codes:
     """Alternate scales refitted to the codes, and codes rounded again one column at a time.
 
@@ -159,8 +159,8 @@ def gptq(
     scheme: Scheme,
     f: Factor,
     *,
-    rounds: int = 3,
-    sweeps: int = 2,
+    rounds: int = 4,
+    sweeps: int = 1,
     grid: tuple[Tensor, Tensor | None] | None = None,
 ) -> Codes:
     """Grid by weighted search, LDLQ, refinement.
