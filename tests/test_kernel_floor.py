@@ -76,6 +76,24 @@ def test_blocks_of_256_have_one_scale(x: np.ndarray) -> None:
     assert np.abs(got - x.reshape(3, 2, 256)).max() <= 0.501 * step.max()
 
 
+def test_tokens_are_rounded_as_compressed_tensors_rounds_them(x: np.ndarray) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    args = quantization.QuantizationArgs(
+        num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True
+    )
+    value = torch.from_numpy(x)[None]
+    scale, zero = helpers.compute_dynamic_scales_and_zp(value, args, torch.nn.Linear(512, 1))
+    want = forward.fake_quantize(x=value, scale=scale, zero_point=zero, args=args)
+    packed = tensor(F32, 512)
+    assert input_rounding(packed, "transformers") is None
+    packed.source.quantized.kind = "int-quantized"  # type: ignore[union-attr]
+    rounding = input_rounding(packed, "transformers")
+    assert rounding is not None
+    assert torch.allclose(rounding(value), want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [(BF16, torch.bfloat16), (F16, torch.float16)])
 def test_half_weights_take_half_inputs(dtype: np.dtype, torch_dtype: torch.dtype) -> None:
     rounding = input_rounding(tensor(dtype))

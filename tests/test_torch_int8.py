@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from g2kit.formats import torch_pickle
 from g2kit.formats.base import Slot, Source, Tensor, leading_rows
@@ -16,7 +18,9 @@ from g2kit.formats.errors import (
     ShapeError,
 )
 from g2kit.formats.packed import torch_int8
+from g2kit.formats.packed.table import TORCH_INT8
 from g2kit.formats.packed.torch_int8 import combine
+from g2kit.formats.packed.uniform import Grid
 from g2kit.formats.torch_plan import plan
 
 from .plan_writer import materialise
@@ -149,3 +153,19 @@ def test_written_and_opened_again(tmp_path):
     opened = combine(torch_pickle.open_source(tmp_path))
     assert opened.tensors["x.weight"].read().tolist() == [[-64, 63.5, 0], [3, -3, 15]]
     opened.close()
+
+
+@given(st.integers(1, 40), st.integers(1, 67), st.integers(0, 99))
+def test_pack_and_open_are_inverses(out: int, columns: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    grid = Grid(out, columns, 8, columns, True)
+    codes = rng.integers(0, 256, (out, columns)).astype(np.uint8)
+    scales = rng.uniform(-0.1, 0.1, (out, 1)).astype(BF16).astype(F32)
+    arrays = TORCH_INT8.pack(grid, codes, scales, None)
+    assert {s: (a.dtype, a.shape) for s, a in arrays.items()} == TORCH_INT8.layout(grid)
+    read = combine(source(**{"x" + s.replace(".", "__"): a for s, a in arrays.items()}))
+    weight = read.tensors["x.weight"]
+    assert np.array_equal(weight.read(), (codes.astype(F32) - 128) * scales)
+    packed = weight.quantized
+    assert isinstance(packed, torch_int8.TorchInt8Weight)
+    assert np.array_equal(packed.codes.read().astype(np.int16) + 128, codes)
