@@ -199,19 +199,22 @@ def _dot(cls: str) -> Html:
 
 def _runs(documents: Sequence[Document], names: Sequence[str]) -> Section:
     columns = [
-        Column("Run", cls="nowrap"), Column("Format", cls="nowrap"), Column("Weights", True), Column("Bits per weight", True),
+        Column("Run", cls="nowrap"), Column("Weights", True), Column("Bits", True),
         Column("KL, mean", True), Column("95 % interval", cls="nowrap"), Column("Same top-1", True), Column("Perplexity", True),
         Column("Methods", cls="nowrap"), Column("Calibrated on", cls="nowrap"), Column("Time", True),
     ]  # fmt: skip
     rows = [_row(n, d) for n, d in zip(names, documents, strict=True)]
-    return Section("runs", "Runs", "", table(columns, rows, sortable=True, stacked=True))
+    formats = {d["format"] for d in documents}
+    lede = f"All are {formats.pop()}. " if len(formats) == 1 else ""
+    lede += "Bits are per linear weight, scales included."
+    return Section("runs", "Runs", lede, table(columns, rows, sortable=True, stacked=True))
 
 
 def _row(name: str, d: Document) -> list[Any]:
     q = d["quality"] or {}
     took = (d["run"] or {}).get("seconds")
     return [
-        name, d["format"], Cell(nbytes(_bytes(d)), float(_bytes(d))),
+        name, Cell(nbytes(_bytes(d)), float(_bytes(d))),
         Cell(number(d["bits_per_weight"], 4), d["bits_per_weight"]), Cell(number(q.get("kl")), q.get("kl")),
         interval(q.get("kl_interval")) or "", Cell(percent(q.get("top1_agreement")), q.get("top1_agreement")),
         Cell(number(q.get("perplexity"), 4), q.get("perplexity")), methods(d), _calibration(d),
