@@ -54,7 +54,11 @@ def test_everything_that_is_needed_is_there(wheel: Path) -> None:
         "terminal.py",
         "model/sample/model.safetensors",
         "model/sample/tokenizer.model",
+        "machine.py",
+        "outputs.py",
+        "sealed.py",
         "report/schema.json",
+        "report/quantized/schema.json",
         "report/page.css",
         "report/page.js",
     ):
