@@ -5,7 +5,7 @@
     python bench/quant_quality.py --schemes 4g128,3g128,Q4_K --recover
 
 Peers run in the same process on the same calibration tokens: rounding to nearest, GPTQ written from the paper
-(textbook_gptq.py), llama.cpp's own encoders with an importance matrix, and llm-compressor where it is installed. g2quant is
+(textbook_gptq.py), llama.cpp's own encoders with an importance matrix. llm-compressor is not among them. g2quant is
 measured through its files: quantized by the library call, opened again, dequantized. Linear layers only; the
 embedding is the original's everywhere. Logits are float32, sums float64.
 """
@@ -13,7 +13,6 @@ embedding is the original's everywhere. Logits are float32, sums float64.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -290,8 +289,6 @@ def missing(encode: Encode | None) -> None:
         print(
             "\nllama.cpp's library is not installed (pip install llama-cpp-python): no such peer."
         )
-    if importlib.util.find_spec("llmcompressor") is None:
-        print("\nllm-compressor is not installed: no such peer.")
 
 
 def main() -> None:
