@@ -178,7 +178,7 @@ def quantize(
         given, wanted = known.text, known.wanted
         method = known.method(method, recover=recover, imatrix_out=imatrix_out)
         require_matrix_file(imatrix_out, overwrite=overwrite)
-        copies = 1 if recover == "none" else 2
+        copies = 2 if recover != "none" or method == "gptq+" else 1
         rows = (copies * wanted.samples + 2 * wanted.held) * wanted.seq_len
         if given is not None:
             rows = copies * given.tokens + 2 * given.held_tokens

@@ -48,7 +48,7 @@ def divergence(
                 rows = block[start : start + BLOCK_ROWS]
                 yield rows, tg.soft_cap(wanted @ rows.T, cap), tg.soft_cap(found @ rows.T, cap)
 
-    sums = torch.full((2, len(found), 1), -torch.inf, dtype=torch.float64)
+    sums = torch.full((2, len(found), 1), -torch.inf, dtype=torch.float64, device=found.device)
     for _, a, b in pieces():
         both = torch.stack([x.logsumexp(1, keepdim=True).double() for x in (a, b)])
         sums = torch.logaddexp(sums, both)
@@ -176,7 +176,7 @@ class Distillation:
     def _block(self, layer: int, x: Tensor, shifts: Shifts) -> Tensor:
         block = self._blocks(layer)
         weights = {**self._dense(layer), **block.norms(shifts)}
-        positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         return tg.block(
             x, weights, layer, self.config, positions, linear=block.linear(shifts)
         )[0]  # fmt: skip

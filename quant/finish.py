@@ -19,7 +19,7 @@ from .choose import Rounded
 from .distill import Distillation, Sequences, Spill
 from .recover import watched
 from .states import States
-from .tunable import Block, Gain, Shifts
+from .tunable import Block, Gain, Shifts, placed
 from .weights import Weights, read
 
 if TYPE_CHECKING:
@@ -31,15 +31,17 @@ class _OnDisk(Spill):
 
     def __init__(self, states: States, tokens: int) -> None:
         self._states, self._tokens = states, tokens
-        self._shape = torch.Size()
+        self._shape, self._device = torch.Size(), torch.device("cpu")
 
     def put(self, layer: int, x: Tensor) -> None:
         self._shape = x.shape
-        self._states.write(layer * self._tokens, x)
+        self._device = x.device
+        self._states.write(layer * self._tokens, x.cpu())
 
     def get(self, layer: int) -> Tensor:
         start = layer * self._tokens
-        return self._states.read(start, start + self._shape[:-1].numel()).view(self._shape)
+        rows = self._states.read(start, start + self._shape[:-1].numel())
+        return rows.view(self._shape).to(self._device)
 
 
 class Finish:
@@ -58,13 +60,17 @@ class Finish:
         self._config, self._work = pipeline.config, pipeline.work
         self._tensors = pipeline.checkpoint.tensors
         self._wanted = wanted
+        self._device = pipeline.options.device
         norm = self._tensors[canonical.FINAL_NORM]
-        self._norm = Gain(read(norm), norm.dtype.name)
+        self._norm = Gain(self._read(canonical.FINAL_NORM), norm.dtype.name)
         self._left = pipeline.options.memory
         self._kept: dict[int, Block] = {}
         self._measured: dict[str, Any] = {}
 
     # ---- blocks
+
+    def _read(self, name: str) -> Tensor:
+        return read(self._tensors[name]).to(self._device)
 
     def _names(self, layer: int) -> list[str]:
         names = canonical.layer_names(self._config, layer)
@@ -73,10 +79,8 @@ class Finish:
     def _dense(self, layer: int) -> dict[str, Tensor]:
         """The original's weights that are no targets; nothing reads the others."""
         names = canonical.layer_names(self._config, layer)
-        nothing = torch.empty(0)
-        return {
-            n: nothing if n in self._pipeline.targets else read(self._tensors[n]) for n in names
-        }
+        nothing = torch.empty(0, device=self._device)
+        return {n: nothing if n in self._pipeline.targets else self._read(n) for n in names}
 
     def _block(self, layer: int) -> Block:
         """What can move in a block; kept while there is memory."""
@@ -84,9 +88,10 @@ class Finish:
             return self._kept[layer]
         targets = self._pipeline.targets
         values: dict[str, Rounded] = {
-            n: self._work.load(layer, n, targets[n]) for n in self._names(layer)
+            n: placed(self._work.load(layer, n, targets[n]), self._device)
+            for n in self._names(layer)
         }
-        floats = self._work.floats(layer)
+        floats = {n: x.to(self._device) for n, x in self._work.floats(layer).items()}
         block = Block(values, self._pipeline.gains(layer, self._dense(layer) | floats))
         size = sum(8 * self._tensors[n].shape[0] * self._tensors[n].shape[1] for n in values)
         if size <= self._left:
@@ -110,7 +115,7 @@ class Finish:
         for b in self._pipeline.tuned:
             ids = torch.stack([torch.from_numpy(x) for x in train[first : first + b.count]])
             first += b.count
-            found.append(Sequences(ids, lambda b=b: self._wanted(b.start, b.stop)))  # type: ignore[misc]
+            found.append(Sequences(ids, lambda b=b: self._wanted(b.start, b.stop).to(self._device)))  # type: ignore[misc]
         watch = watched(len(found))
         return (
             [x for i, x in enumerate(found) if i not in watch],
@@ -179,7 +184,7 @@ class Finish:
         try:
             row = 0
             for ids in (*held, *held):
-                states.write(row, self._weights.embed(torch.from_numpy(ids)))
+                states.write(row, self._weights.embed(torch.from_numpy(ids)).cpu())
                 row += len(ids)
             errors = [self._layer(i, states) for i in range(self._config.num_hidden_layers)]
             norm = self._work.tuned_numbers(canonical.FINAL_NORM)[0]
@@ -195,15 +200,18 @@ class Finish:
         """Move held-out states on by one block, original and tuned; the error behind it."""
         names, targets = self._names(layer), self._pipeline.targets
         original = self._weights.block(layer)
-        tuned = original | {n: self._work.final(layer, n, targets[n]).dequantize() for n in names}
+        tuned = dict(original)
+        for name in names:
+            value = placed(self._work.final(layer, name, targets[name]), self._device)
+            tuned[name] = value.dequantize()
         for name in self._work.floats(layer):
-            tuned[name] = self._work.tuned_numbers(name)[0]
+            tuned[name] = self._work.tuned_numbers(name)[0].to(self._device)
         row = 0
         for weights in (tuned, original):
             for ids in self._pipeline.judge.held:
-                x = states.read(row, row + len(ids))[None]
-                positions = torch.arange(len(ids))[None]
-                states.write(row, tg.block(x, weights, layer, self._config, positions)[0])
+                x = states.read(row, row + len(ids))[None].to(self._device)
+                positions = torch.arange(len(ids), device=x.device)[None]
+                states.write(row, tg.block(x, weights, layer, self._config, positions)[0].cpu())
                 row += len(ids)
         return self._pipeline.judge.error(self._pipeline.judge.pairs(states))
 

@@ -1,9 +1,10 @@
 """What rounding lost, won back by gradient: first a block at a time, so that it gives what the original gives.
 
-Block by block (the idea of BRECQ, OmniQuant, AutoRound and EfficientQAT: arXiv 2102.05426, 2308.13137, 2309.05516, 2407.11062),
-with codes that stay (``scales``) or move too (``codes``): the rounded block's output on the rounded stream is pulled to the original block's output on the original stream, every token
-relative to its size. :mod:`.distill` does the same with the whole model's output. Both watch calibration sequences that
-they do not tune on, and keep what was best there: the start too, so nothing gets worse by that measure.
+Block by block (the idea of BRECQ, OmniQuant, AutoRound and EfficientQAT: arXiv 2102.05426, 2308.13137, 2309.05516,
+2407.11062), with codes that stay (``scales``) or move too (``codes``): the rounded block's output on the rounded stream is
+pulled to the original block's output on the original stream, every token relative to its size. :mod:`.distill` does the
+same with the whole model's output. Both watch calibration sequences that they do not tune on, and keep what was best
+there: the start too, so nothing gets worse by that measure.
 """
 
 from __future__ import annotations

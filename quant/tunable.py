@@ -57,7 +57,8 @@ class Weight(Protocol):
 class _Uniform:
     def __init__(self, value: Codes) -> None:
         self._value = value
-        self.numbers, self.snap, self.codes = [value.scales], on_grid, value.codes
+        self.numbers, self.codes = [value.scales], value.codes
+        self.snap: Snap = on_grid
         self.range = (0, value.scheme.levels - 1)
 
     def coefficients(self, codes: Tensor) -> list[Tensor]:
@@ -78,7 +79,8 @@ class _Ggml:
     def __init__(self, value: ggml.Blocks) -> None:
         f = self._fields = value.fields()
         self.numbers = [f.d] if f.dmin is None else [f.d, f.dmin]
-        self.snap, self.codes = ggml.to_half, f.codes
+        self.codes = f.codes
+        self.snap: Snap = ggml.to_half
         low = 0 if f.format.table is not None else f.format.low - f.format.first
         self.range = (low, len(f.format.levels) - 1)
         levels = f.format.levels
@@ -102,6 +104,14 @@ class _Ggml:
         dmin = numbers[1] if self._fields.dmin is not None else None
         f = replace(self._fields, d=numbers[0], dmin=dmin, codes=codes)
         return ggml.Blocks(f.format, ggml.pack(f))
+
+
+def placed(value: Rounded, device: str) -> Rounded:
+    """A weight on another device."""
+    if not isinstance(value, Codes):
+        return replace(value, data=value.data.to(device))
+    zeros = None if value.zeros is None else value.zeros.to(device)
+    return replace(value, codes=value.codes.to(device), scales=value.scales.to(device), zeros=zeros)
 
 
 def weight_of(value: Rounded) -> Weight:
@@ -312,7 +322,9 @@ class Adam:
 
 def arrays_of(prefix: str, shifts: Shifts) -> dict[str, np.ndarray]:
     """For a file of arrays."""
-    return {f"{prefix}|{n}|{i}": t.numpy() for n, ts in shifts.items() for i, t in enumerate(ts)}
+    return {
+        f"{prefix}|{n}|{i}": t.cpu().numpy() for n, ts in shifts.items() for i, t in enumerate(ts)
+    }
 
 
 def fill(shifts: Shifts, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:

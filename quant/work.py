@@ -306,7 +306,9 @@ class Work:
             numbers: canonical name -> a weight's stored numbers (see :mod:`.tunable`), or a float tensor alone.
             told: JSON values to keep with it.
         """
-        arrays: Any = {f"{n}|{i}": x.numpy() for n, xs in numbers.items() for i, x in enumerate(xs)}
+        arrays: Any = {
+            f"{n}|{i}": x.cpu().numpy() for n, xs in numbers.items() for i, x in enumerate(xs)
+        }
         self._write(_TUNED, lambda f: np.savez(f, **arrays))
         line = {"kind": "tuned", **told}
         self._journal.append(line)
