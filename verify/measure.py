@@ -7,8 +7,6 @@ into the first divergent block, the most likely tokens at the worst positions) i
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,37 +14,26 @@ from typing import Any
 import numpy as np
 
 from ..formats.errors import UsageError
-from ..formats.fingerprint import PREFIX
 from ..model.config import GemmaConfig
 from .behaviour import check_greedy_agreement, run_checks
 from .checks import Check
 from .coverage import coverage
 from .divergence import Inside, first_divergent, look_inside, shortest_showing
 from .floor import Floor, K, measure_floor
-from .identity import SIZE, Identity, compare_identity
+from .identity import SIZE, compare_identity
 from .lockstep import LockstepResult, run_lockstep
-from .machine import environment
 from .options import DEQUANTIZING, Options, Progress, Silent
 from .part_checks import weights_of
+from .part_frame import SCHEMA, Part, frame_of, hashed, kernel_of, key_of
 from .probes import Probe, ProbeSet, build_probes
 from .recording import compare_recording, compare_recordings
 from .runners import Runner
 from .side import Engine, Side
-from .softcap import (
-    USED,
-    Utilisation,
-    derive,
-    reads_views,
-    stress_for,
-    stressed_check,
-    utilisation,
-)  # fmt: skip
+from .softcap import USED, Utilisation, derive, reads_views, stress_for, stressed_check, utilisation
 from .tokenizer import SentencePieceTokenizer, tokenizer_of
 from .weights import compare_weights
 from .worst import contexts, likely_tokens, top_ids
 
-Part = dict[str, Any]
-SCHEMA = "g2kit.part/1"
 _COARSE = {"float64": 0, "float32": 1, "bfloat16": 2}
 MAX_EXCESS = 30.0  # of a recorded floor over the reader's own, as errors; other processors differ by a few times
 TAP_SCORES = 256 << 20  # bytes of attention scores a look into a block may take
@@ -72,7 +59,7 @@ def measure(
     """
     meter = progress or Silent()
     identity = compare_identity(ref, cand)
-    part = _frame(ref, cand, options, identity, run)
+    part = frame_of(ref, cand, options, identity, run)
     if identity.of(SIZE):
         return part
     if options.shard is not None:
@@ -83,85 +70,12 @@ def measure(
         rows = compare_weights(ref.checkpoint, cand.checkpoint, progress=meter, part=options.share)
         part["ledger"] = [r.to_json() for r in rows]
     elif cand.checkpoint is not None and options.share[0] == 0:
-        part["fingerprint"] = _fingerprint(cand, meter)
+        part["fingerprint"] = hashed(cand, meter)
     elif cand.recording is not None:
         part["fingerprint"] = cand.recording.fingerprint
     if run:
         _Run(ref, cand, options, part, meter).all()
     return part
-
-
-def _frame(ref: Side, cand: Side, options: Options, identity: Identity, run: bool) -> Part:
-    kernel = _kernel(cand, options)
-    served = Engine() if kernel else options.candidate
-    return {
-        "schema": SCHEMA,
-        "shard": None if options.shard is None else list(options.shard),
-        "kind": "compare" if run else "weights",
-        "settings": {**options.describe(), "candidate_run_by": served.describe()},
-        "reference": ref.describe(options.reference if run and ref.checkpoint else None),
-        "candidate": cand.describe(options.candidate if run and cand.checkpoint else None),
-        "bits": _bits(cand),
-        "rounds_inputs": _rounds_inputs(cand, served),
-        "identity": {
-            "differences": [d.to_json() for d in identity.differences],
-            "fields": identity.fields,
-            "pieces": identity.pieces,
-            "untested": list(identity.untested),
-        },
-        "environment": environment((options.reference, options.candidate) if run else ()),
-        "window": ref.config.sliding_window,
-        "weights": None,  # of both sides, hashed; only of shards, to tell that all ran the same
-        "ledger": None,
-        "fingerprint": None,
-        "probes": None,
-        "lockstep": None,
-        "kernel": None,
-        "kernel_name": kernel.runner if kernel else None,
-        "floor": None,
-        "kernel_floor": None,
-        "floor_reason": None,
-        "let_pass": None,  # known mistakes that wide thresholds do not notice
-        "coverage": None,
-        "contexts": {},
-        "pieces": {},
-        "inside": None,
-        "likely": {},
-    }
-
-
-def _kernel(cand: Side, options: Options) -> Engine | None:
-    """The engine that serves packed weights itself, None where none was named."""
-    packed = bool(cand.quantized) and options.candidate.runner not in DEQUANTIZING
-    return options.candidate if packed else None
-
-
-def _rounds_inputs(side: Side, engine: Engine) -> bool:
-    """Whether the candidate's runner computes in less than its compute type says, because of what is stored."""
-    if engine.runner != "llama_cpp" or side.checkpoint is None:
-        return False
-    from .kernel_floor import is_exact
-
-    return not is_exact(side.checkpoint)
-
-
-def _bits(side: Side) -> float:
-    """Stored bits per weight of the narrowest matrices."""
-    if side.checkpoint is None:
-        return 16.0
-    packed = [
-        t.source.quantized.bits
-        for t in side.checkpoint.tensors.values()
-        if t.source.quantized is not None
-    ]
-    return float(min(packed, default=16.0))
-
-
-def _fingerprint(side: Side, meter: Progress) -> str:
-    from ..convert import digest
-
-    meter.start(sum(t.nbytes for t in side.opened.tensors.values()), "weights")
-    return digest.root(digest.digests(side.opened, meter))
 
 
 class _Run:
@@ -171,7 +85,7 @@ class _Run:
         self, ref: Side, cand: Side, options: Options, part: Part, meter: Progress
     ) -> None:
         self.ref, self.cand, self.options, self.part, self.meter = ref, cand, options, part, meter
-        self.kernel = _kernel(cand, options)
+        self.kernel = kernel_of(cand, options)
         self.engine = Engine() if self.kernel else options.candidate
         self.tokenizer = _tokenizer(ref, cand)
         self.probes = probes_of(ref, cand, options)
@@ -477,17 +391,6 @@ def _tokenizer(ref: Side, cand: Side) -> SentencePieceTokenizer | None:
             if found is not None:
                 return found
     return None
-
-
-def key_of(part: Part) -> str:
-    """What all shards of one comparison have in common, hashed."""
-    common = {
-        n: part[n]
-        for n in ("kind", "settings", "reference", "candidate", "identity", "environment", "bits")
-    }
-    common |= {n: part[n] for n in ("probes", "weights")}
-    text = json.dumps(common, sort_keys=True, allow_nan=False)
-    return PREFIX + hashlib.sha256(text.encode()).hexdigest()
 
 
 __all__ = ["SCHEMA", "Part", "fits", "key_of", "measure", "probes_of", "side_floor"]
