@@ -199,8 +199,8 @@ def test_our_encoder_is_llama_cpps_or_better(
     theirs = decoded(name, encoded(name, w))
     wide = w.astype(np.float64)
     errors = [np.square(wide - x).sum() for x in (decoded(name, ours), theirs)]
-    # but for what float16 scales make of the largest weight by chance
-    assert errors[0] <= errors[1] * 1.001 + 1e-5 * np.square(wide).sum()
+    # but for what float16 scales, subnormal ones of small weights above all, make of the largest by chance
+    assert errors[0] <= errors[1] * 1.001 + 1e-4 * np.square(wide).sum()
 
 
 @pytest.mark.llama
