@@ -328,6 +328,13 @@ def test_a_recording_holds_no_weights(tmp_path: Path) -> None:
         compare(model(), tmp_path / "rec")
 
 
+def test_scores_that_a_runner_hides_are_measured_by_torch(tmp_path: Path) -> None:
+    record_model(sample_dir(), tmp_path / "rec", profile="smoke", with_embedding=True)
+    report = compare(tmp_path / "rec", sample_dir(), cand_runner="transformers")
+    assert verdicts(report)["X1"] == "PASS", report["summary"]
+    assert min(s["utilisation"] for s in report["coverage"]["softcap"]) > 0.1
+
+
 # ---- self-test and options
 
 

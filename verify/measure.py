@@ -27,7 +27,7 @@ from .part_checks import weights_of
 from .part_frame import SCHEMA, Part, frame_of, hashed, kernel_of, key_of
 from .probes import Probe, ProbeSet, build_probes
 from .recording import compare_recording, compare_recordings
-from .runners import Runner
+from .runners import RUNNERS, Runner
 from .side import Engine, Side
 from .softcap import USED, Utilisation, derive, reads_views, stress_for, stressed_check, utilisation
 from .tokenizer import SentencePieceTokenizer, tokenizer_of
@@ -243,19 +243,23 @@ class _Run:
             self.part["coverage"] = coverage(self.ref.config, self.probes)
             return
         found: list[Check] = []
+        used = self._utilisation()
         with self.cand.open_runner(self.kernel or self.engine) as runner:
-            used = self._utilisation(runner)
             found += run_checks(runner, self.probes, self.served or self.own, used=used)
         if self.probes.profile != "smoke":
             found += self._pair_checks(used)
         self.part["coverage"] = coverage(self.ref.config, self.probes, found, used)
 
-    def _utilisation(self, runner: Runner) -> Utilisation:
-        """Of the reference where it runs here, else of the candidate."""
-        if self.ref.checkpoint is None:
+    def _utilisation(self) -> Utilisation:
+        """Of the reference where it lies here, else of the candidate's weights; by torch where a runner hides scores."""
+        here = self.ref.checkpoint is not None
+        side, engine = (
+            (self.ref, self.options.reference) if here else (self.cand, self.kernel or self.engine)
+        )
+        if "taps" not in RUNNERS[engine.runner].gives:
+            engine = Engine()
+        with side.open_runner(engine) as runner:
             return utilisation(runner, list(self.probes))
-        with self.ref.open_runner(self.options.reference) as other:
-            return utilisation(other, list(self.probes))
 
     def _pair_checks(self, used: Utilisation) -> list[Check]:
         if self.ref.checkpoint is None or self.kernel is not None or self.cand.quantized:
