@@ -52,7 +52,7 @@ class Tuning:
         return {NUMBER: self.scale_rate, GAIN: self.gain_rate, CODE: self.code_rate}
 
 
-BLOCKWISE = Tuning(steps=96, every=16)
+BLOCKWISE = Tuning(steps=64, every=8)
 END_TO_END = Tuning(steps=160, every=16, patience=4)
 
 
