@@ -24,6 +24,7 @@ from sizes import PRESETS, model_config
 from synthetic import checkpoint
 from textbook_gptq import gptq as textbook
 
+from g2kit.convert import digest
 from g2kit.machine import peak_rss
 from g2kit.quant import export, hessian, judge, pipeline, plan, work
 from g2kit.quant.calibration import Calibration, Wanted
@@ -92,11 +93,15 @@ def blocks(size: str, layers: int, count: int, length: int, method: str) -> None
             done = pipeline.Pipeline(model, goal.targets, found, kept, options)
             done.run(lambda nbytes, name: None)
             quantizing = peak_rss()
-            codes = work.WorkCodes(kept, goal.targets, "", layers)
+            print(f"quantized, peak {quantizing:.0f} MiB", flush=True)
+            began = time.perf_counter()
+            fingerprint = digest.root(digest.digests(model, lambda n, name: None))
+            reading = time.perf_counter() - began
+            codes = work.WorkCodes(kept, goal.targets, fingerprint, layers)
             began = time.perf_counter()
             export.export(codes, model, place / "out", goal.format)
             exporting = time.perf_counter() - began
-    report(clock.seconds, layers, whole, exporting, quantizing)
+    report(clock.seconds, layers, whole, reading + exporting, quantizing)
 
 
 def report(
@@ -111,7 +116,8 @@ def report(
         print(f"| {'all of it' if name == 'block' else name} | {value:.1f} |")
     total = whole * parts["block"] + seconds["evaluation"] + exporting * whole / layers
     print(
-        f"\nonce: evaluation on held-out text {seconds['evaluation']:.1f} s; export of these blocks {exporting:.1f} s"
+        f"\nonce: evaluation on held-out text {seconds['evaluation']:.1f} s; "
+        f"fingerprint and export of these blocks {exporting:.1f} s"
     )
     print(f"all {whole} blocks: {total / 60:.1f} minutes")
     print(f"peak resident memory: {peak:.0f} MiB quantizing, {peak_rss():.0f} MiB in all")
@@ -139,10 +145,12 @@ def ours(weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     )
 
 
-def timed(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
-    began = time.perf_counter()
+def timed(run: Callable[[], torch.Tensor]) -> tuple[np.ndarray, torch.Tensor]:
+    """Wall and CPU seconds, and what came out."""
+    clocks = (time.perf_counter, time.process_time)
+    began = np.array([clock() for clock in clocks])
     found = run()
-    return time.perf_counter() - began, found
+    return np.array([clock() for clock in clocks]) - began, found
 
 
 def rounding() -> None:
@@ -150,9 +158,10 @@ def rounding() -> None:
     config = model_config("2b", None)
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     shapes = {"q_proj": (heads * config.head_dim, d), "gate_proj": (f, d), "down_proj": (d, f)}
-    print("| weight | shape | textbook, s | g2quant, s | times as fast | equal codes |")
+    print("Wall seconds, and CPU seconds in brackets.\n")
+    print("| weight | shape | textbook | g2quant | times as fast | equal codes |")
     print("|---|---|---|---|---|---|")
-    sums = [0.0, 0.0]
+    sums = np.zeros((2, 2))
     for name, (out, n) in shapes.items():
         x = inputs(n, TOKENS)
         h, w = x.T @ x / TOKENS, torch.randn(out, n) * 0.02
@@ -160,13 +169,18 @@ def rounding() -> None:
         two, found = timed(lambda: ours(w, h))  # noqa: B023
         one, want = timed(lambda: textbook(w, h, 4, 128, dtype=torch.float32))  # noqa: B023
         same = float((found == want).float().mean())
-        print(f"| {name} | {out} x {n} | {one:.2f} | {two:.2f} | {one / two:.1f} | {same:.3%} |")
-        sums = [sums[0] + one, sums[1] + two]
-    print(f"| together | | {sums[0]:.2f} | {sums[1]:.2f} | {sums[0] / sums[1]:.1f} | |")
+        print(f"| {name} | {out} x {n} | {_compared(one, two)} | {same:.3%} |", flush=True)
+        sums += (one, two)
+    print(f"| together | | {_compared(*sums)} | |")
     x = inputs(1024, TOKENS).double()
     h, w = x.T @ x / TOKENS, torch.randn(256, 1024).double() * 0.02
     same = (ours64(w, h) == textbook(w, h, 4, 128)).double().mean()
     print(f"\n256 x 1024, both in float64: {float(same):.4%} of the weights equal")
+
+
+def _compared(one: np.ndarray, two: np.ndarray) -> str:
+    ratio = one / two
+    return f"{one[0]:.2f} ({one[1]:.2f}) | {two[0]:.2f} ({two[1]:.2f}) | {ratio[0]:.1f} ({ratio[1]:.1f})"
 
 
 def ours64(weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
