@@ -350,18 +350,19 @@ def test_mlx_dequantizes_the_same(scheme: str, ids: Path, tmp_path: Path) -> Non
 def test_mlx_lm_computes_the_dequantized_weights(
     scheme: str, method: str, ids: Path, tmp_path: Path
 ) -> None:
-    """Inside the sliding window, which mlx-lm does not have; its kernels take inputs in the scales' type."""
+    """Inside the sliding window, which mlx-lm does not have; scales widened, so that it computes in float32."""
     mx, loader = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
     path = quantized(tmp_path / "q", ids, "mlx", *rows(scheme), "--method", method)
     passes(compare_weights(sample_dir(), path), "W2", "C0")
     tokens = np.concatenate([[2], np.load(ids)[:62]]).astype(np.int64)
     model, _ = loader.load_model(path)
+    model.set_dtype(mx.float32)
     theirs = torch.from_numpy(np.array(model(mx.array(tokens[None]))[0].astype(mx.float32)))
     with open_checkpoint(path) as opened, TorchRunner(opened) as runner:
         runner.start(tokens)
         ours = torch.from_numpy(np.concatenate([t for *_, t in logits_of(runner)], -1)[0])
         found = [probe("P2/0", tokens)]
-        limit = measure_floor(opened, found, dtype="bfloat16").threshold("kl_max")
+        limit = measure_floor(opened, found).threshold("kl_max")
     p, q = (torch.log_softmax(x.double(), -1) for x in (ours, theirs))
     assert float((p.exp() * (p - q)).sum(-1).max()) <= limit
 
