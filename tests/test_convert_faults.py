@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("to", ["flax", "torch"])
+@pytest.mark.parametrize("to", [pytest.param("flax", marks=pytest.mark.slow), "torch"])
 def test_killed_at_any_moment(to: str, source: Path, tmp_path: Path) -> None:
     """kill -9 at seeded random moments, over and over on the same destination, until a run gets through."""
     want = tmp_path / "want"

@@ -371,6 +371,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "BATCH_TOKENS", 42)  # two sequences
 
 
+@pytest.mark.slow
 def test_any_number_of_shards_gives_the_same_bytes(
     tmp_path: Path, ids: np.ndarray, small_batches: None
 ) -> None:

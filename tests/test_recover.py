@@ -293,6 +293,7 @@ def test_codes_are_those_that_were_chosen(
     assert not any(isinstance(x, Tensor) for x in plain[1].values())
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_codes(fixture: Checkpoint, tmp_path: Path) -> None:
     report, codes = _run(fixture, tmp_path / "w", recover="codes")
     assert report["quality"]["kl"] == pytest.approx(_kl(fixture, codes), rel=1e-3)
@@ -300,7 +301,10 @@ def test_a_run_that_moves_codes(fixture: Checkpoint, tmp_path: Path) -> None:
 
 
 # 28 weights, then a call per step of the end-to-end stage
-@pytest.mark.parametrize("at", [10, 31, 35])
+@pytest.mark.parametrize(
+    "at",
+    [pytest.param(10, marks=pytest.mark.slow), 31, pytest.param(35, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     fixture: Checkpoint, whole: Result, tmp_path: Path, at: int
 ) -> None:
@@ -313,6 +317,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert report["recovery"] == whole[0]["recovery"]
 
 
+@pytest.mark.slow
 def test_on_disk_and_without_kept_blocks_it_is_the_same(
     fixture: Checkpoint, whole: Result, tmp_path: Path
 ) -> None:
@@ -321,6 +326,7 @@ def test_on_disk_and_without_kept_blocks_it_is_the_same(
     assert not {"spill.bin", "held.bin"} & {p.name for p in (tmp_path / "w").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_noticed(fixture: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(_StopError):
         _run(fixture, tmp_path / "w", 33)
@@ -331,7 +337,9 @@ def test_a_damaged_state_is_noticed(fixture: Checkpoint, tmp_path: Path) -> None
         _run(fixture, tmp_path / "w")
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gguf-q4_0"])
+@pytest.mark.parametrize(
+    "format", ["compressed-tensors", pytest.param("gguf-q4_0", marks=pytest.mark.slow)]
+)
 def test_the_command_writes_what_was_tuned(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,7 @@ def test_blocks_are_shared_out(ids: np.ndarray, every: dict[str, Any]) -> None:
     assert 0.5 < one.sum() / two.sum() < 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(
     ids: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

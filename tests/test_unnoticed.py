@@ -34,6 +34,7 @@ def test_at_the_usual_factor_none_passes() -> None:
     assert warning(None) is None
 
 
+@pytest.mark.slow
 def test_the_wider_the_more_pass() -> None:
     titles = {m.id: m.title for m in mutants(sample())}
     passed = [
@@ -45,7 +46,9 @@ def test_the_wider_the_more_pass() -> None:
     assert sorted(passed[2]) == sorted(titles[i] for i in SUBTLE)
 
 
-@pytest.mark.parametrize(("k", "said"), [(10.0, False), (1e6, True)])
+@pytest.mark.parametrize(
+    ("k", "said"), [pytest.param(10.0, False, marks=pytest.mark.slow), (1e6, True)]
+)
 def test_report_and_terminal_say_so(k: float, said: bool, ids: Path) -> None:
     document = compare(sample_dir(), sample_dir(), tokens=ids, profile="smoke", k=k)
     head = "Thresholds of 1e+06 x floor instead of 10 let"

@@ -220,6 +220,7 @@ def test_estimate_runs_nothing(
     assert "GFLOP" in out
 
 
+@pytest.mark.slow
 def test_the_estimate_covers_what_a_run_needs() -> None:
     code = "from g2kit.entry import g2verify; g2verify()"
 
