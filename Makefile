@@ -20,7 +20,8 @@ demo: $(VENV)/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python bench/demo.py demo-output
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest -q -n 2
+	@# one thread each: two workers with two threads on two cores wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow
