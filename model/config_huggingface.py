@@ -146,9 +146,9 @@ def _activation(keys: Keys, family: Family) -> Iterator[ConfigWarning]:
 
 def _tied(keys: Keys) -> Iterator[ConfigWarning]:
     _, found = keys.raw("tie_word_embeddings")
-    if found is False:
+    if found is not MISSING and found is not True:  # readers take null, 0 and "" for no
         why = "Gemma's output head is its embedding; a separate lm_head.weight must equal it"
-        yield ConfigWarning("tie_word_embeddings", False, True, why)
+        yield ConfigWarning("tie_word_embeddings", found, True, why)
 
 
 def _refuse(keys: Keys) -> None:

@@ -33,6 +33,8 @@ def compared(ref: Path, cand: Path, config: Any = None) -> Identity:
 
 @pytest.mark.parametrize(("key", "value", "kind"), [
     ("tie_word_embeddings", False, FUNCTION),
+    ("tie_word_embeddings", None, FUNCTION),
+    ("tie_word_embeddings", 0, FUNCTION),
     ("hidden_activation", "gelu", FUNCTION),
     ("sliding_window_size", 32, FUNCTION),
     ("quantization_config", {"quant_method": "bitsandbytes"}, FUNCTION),
@@ -67,6 +69,17 @@ def test_a_replaced_configuration_that_disagrees_is_said(tmp_path: Path) -> None
     assert len(said) == 1
     assert "sliding_window is 32, 64 was used" in said[0]
     assert "num_experts is 8" in said[0]
+
+
+def test_each_side_is_shown_with_its_own_window(tmp_path: Path) -> None:
+    """The candidate's older key contradicts its own window; the reference's does not."""
+    found = compared(sample_dir(), copied(tmp_path / "c", sliding_window=65))
+    assert [str(d) for d in found.differences] == ["sliding_window is 64 / 65"]
+    other = copied(tmp_path / "d", sliding_window=65, sliding_window_size=32)
+    assert [str(d) for d in compared(sample_dir(), other).differences] == [
+        "sliding_window is 64 / 65",
+        "config.sliding_window_size is 64 / 32",
+    ]
 
 
 def test_a_replaced_configuration_that_agrees_is_not_mentioned() -> None:

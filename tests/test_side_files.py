@@ -51,6 +51,10 @@ CASES: dict[str, tuple[str, Change]] = {
     "tokenizer.json against tokenizer.model": ("tokenizer.json", swap_pieces),
     "tokenizer.json merges": ("tokenizer.json", lambda t: t["model"]["merges"].reverse()),
     "tokenizer.json normalizer": ("tokenizer.json", lambda t: t.update(normalizer=None)),
+    "tokenizer_config.json tokenizer_class": (
+        "tokenizer_config.json", lambda t: t.update(tokenizer_class="LlamaTokenizer")),
+    "tokenizer_config.json auto_map": (
+        "tokenizer_config.json", lambda t: t.update(auto_map={"AutoTokenizer": ["x.T", None]})),
     "tokenizer.add_bos_token": ("tokenizer_config.json", lambda t: t.update(add_bos_token=False)),
     "tokenizer.add_eos_token": ("tokenizer_config.json", lambda t: t.update(add_eos_token=True)),
     "tokenizer_config.json bos_token": (
@@ -66,6 +70,28 @@ CASES: dict[str, tuple[str, Change]] = {
 def test_each_file_is_compared(full: Path, tmp_path: Path, field: str) -> None:
     found = compared(full, changed(full, tmp_path / "c", *CASES[field]))
     assert [d.kind for d in found.differences if d.field.startswith(field)][:1] == [USE]
+
+
+def test_the_merge_that_differs_is_shown(full: Path, tmp_path: Path) -> None:
+    def swap(tree: dict[str, Any]) -> None:
+        merges = tree["model"]["merges"]
+        merges[5], merges[6] = merges[6], merges[5]
+
+    found = compared(full, changed(full, tmp_path / "c", "tokenizer.json", swap))
+    (one,) = found.differences
+    assert one.field == "tokenizer.json merges, from 5 on"
+    assert one.reference != one.candidate
+
+
+def test_classes_that_read_gemma_alike_and_code_left_out_are_no_difference(
+    full: Path, tmp_path: Path
+) -> None:
+    name = "tokenizer_config.json"
+    one = changed(full, tmp_path / "a", name, lambda t: t.update(auto_map={"AutoTokenizer": "x.T"}))
+    two = changed(
+        full, tmp_path / "b", name, lambda t: t.update(tokenizer_class="GemmaTokenizerFast")
+    )
+    assert compared(one, two).differences == ()
 
 
 def test_another_chat_template_is_a_difference(full: Path, tmp_path: Path) -> None:

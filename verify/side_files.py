@@ -7,6 +7,7 @@ a default, or g2conv mends what is known to go wrong, that counts as what the fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from ..convert.sidecar_files import (
@@ -25,10 +26,14 @@ from .side import Side
 Found = tuple[str, Any, Any, bool]  # field, reference, candidate, whether it counts
 _SHOWN = 20
 _JSON = (TOKENIZER_CONFIG, GENERATION, SPECIAL_TOKENS)
+CODE, CLASS = "auto_map", "tokenizer_class"
+# all read Gemma's files alike
+_CLASSES = (None, "GemmaTokenizer", "GemmaTokenizerFast",
+            "PreTrainedTokenizerFast", "TokenizersBackend")  # fmt: skip
 # about the file, or compared elsewhere
 _SKIPPED = {
-    TOKENIZER_CONFIG: {"auto_map", "chat_template", "add_bos_token", "add_eos_token",
-                       "tokenizer_class", "transformers_version", "name_or_path"},
+    TOKENIZER_CONFIG: {CODE, CLASS, "chat_template", "add_bos_token", "add_eos_token",
+                       "transformers_version", "name_or_path"},
     GENERATION: {"auto_map", "_from_model_config", "transformers_version"},
     SPECIAL_TOKENS: set(),
 }  # fmt: skip
@@ -52,6 +57,8 @@ def side_file_differences(ref: Side, cand: Side) -> Iterator[Found]:
         one, two = _json(ref, name), _json(cand, name)
         if one is not None and two is not None:
             yield from _by_key(name, one, two)
+            if name == TOKENIZER_CONFIG:
+                yield from _loaders(one, two)
     if not same and trees[0] is not None and trees[1] is not None:
         yield from _trees(trees[0], trees[1], a, b)
     if not same or ref.tokenizer_bytes != cand.tokenizer_bytes:
@@ -130,6 +137,14 @@ def _by_key(name: str, one: dict[str, Any], two: dict[str, Any]) -> Iterator[Fou
         yield f"{name} {key}", one.get(key), two.get(key), False
 
 
+def _loaders(one: dict[str, Any], two: dict[str, Any]) -> Iterator[Found]:
+    """What of the two makes a reader load another tokenizer than Gemma's; what the candidate left out is no loss."""
+    for key, same in ((CLASS, _CLASSES), (CODE, (None,))):
+        a, b = one.get(key), two.get(key)
+        if a != b and b not in same:
+            yield f"{TOKENIZER_CONFIG} {key}", a, b, True
+
+
 def _listed(value: Any) -> list[Any]:
     return [str(v) if isinstance(v, dict | list) else v
             for v in (value if isinstance(value, list) else [value])]  # fmt: skip
@@ -151,7 +166,9 @@ def _trees(one: dict[str, Any], two: dict[str, Any], a: Sidecars, b: Sidecars) -
     models = one["model"], two["model"]
     merges = [_merges(m.get("merges")) for m in models]
     if merges[0] != merges[1]:
-        yield "tokenizer.json merges", len(merges[0]), len(merges[1]), True
+        pairs = enumerate(zip_longest(*merges))
+        at, (a_merge, b_merge) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        yield f"tokenizer.json merges, from {at} on", a_merge, b_merge, True
     for key in sorted({*models[0], *models[1]} - {"vocab", "merges"}):
         if models[0].get(key) != models[1].get(key):
             yield f"tokenizer.json model.{key}", models[0].get(key), models[1].get(key), True
