@@ -92,6 +92,14 @@ def drop_positions(parts: list[Part]) -> None:
         column.pop()
 
 
+def drop_coverage(parts: list[Part]) -> None:
+    parts[0]["coverage"] = None
+
+
+def drop_floor(parts: list[Part]) -> None:
+    parts[0]["floor"] = parts[0]["floor_reason"] = None
+
+
 def row_twice(parts: list[Part]) -> None:
     parts[0]["ledger"].append(parts[0]["ledger"][0])
 
@@ -100,7 +108,7 @@ def row_twice(parts: list[Part]) -> None:
     (drop_row, "all tensors: 1 missing"), (drop_ledgers, "all tensors"),
     (drop_lockstep, "shard 2 of 2 has no lockstep"), (drop_record, "all sequences: 1 missing"),
     (drop_trace, "sequences of layer 1: 1 missing"), (drop_positions, "positions, the probes have"),
-    (row_twice, "1 there twice"),
+    (row_twice, "1 there twice"), (drop_coverage, "no coverage"), (drop_floor, "no coverage or no noise"),
 ])  # fmt: skip
 def test_incomplete_parts_are_an_error(
     damage: Callable[[list[Part]], None], message: str, whole: list[Part], tmp_path: Path

@@ -67,9 +67,16 @@ def check_complete(parts: Sequence[Mapping[str, Any]]) -> None:
     if first["candidate"]["kind"] == first["reference"]["kind"] == "checkpoint":
         _check_ledger(parts)
     if first["kind"] == "compare":
+        _check_once(first)
         _check_lockstep(parts, "lockstep")
         if first["kernel_name"] is not None:
             _check_lockstep(parts, "kernel")
+
+
+def _check_once(first: Mapping[str, Any]) -> None:
+    """What only the first shard has."""
+    if first["coverage"] is None or (first["floor"] is None and first["floor_reason"] is None):
+        raise FormatError("the first shard has no coverage or no noise floor.", fix=_FIX)
 
 
 def _check_ledger(parts: Sequence[Mapping[str, Any]]) -> None:

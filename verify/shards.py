@@ -84,15 +84,16 @@ def check_parts(parts: Sequence[Part]) -> list[Part]:
     count = shards[0][1]
     if {n for _, n in shards} != {count}:
         raise UsageError(
-            f"the parts are shards of different numbers: {sorted({n for _, n in shards})}."
+            f"the parts are shards of different numbers: {sorted({n for _, n in shards})}.",
+            fix="merge the shards of one run.",
         )
     have = [i for i, _ in shards]
     missing = sorted(set(range(count)) - set(have))
     if missing or len(have) != count:
         twice = sorted({i for i in have if have.count(i) > 1})
-        said = f"shards {[i + 1 for i in missing]} of {count} are missing" if missing else ""
-        said += f"{' and ' if said and twice else ''}{f'{[i + 1 for i in twice]} are there twice' if twice else ''}"
-        raise UsageError(f"{said}.", fix="merge every shard exactly once.")
+        said = [f"shards {[i + 1 for i in missing]} of {count} are missing"] if missing else []
+        said += [f"shards {[i + 1 for i in twice]} are there twice"] if twice else []
+        raise UsageError(f"{' and '.join(said)}.", fix="merge every shard exactly once.")
     return [p for _, p in sorted(zip(have, parts, strict=True), key=lambda x: x[0])]
 
 
