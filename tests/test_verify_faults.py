@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,20 @@ import numpy as np
 import pytest
 
 from g2kit.model.sample import sample_dir
+from g2kit.verify import recording_schema as schema
 from g2kit.verify.cli import g2verify
+from g2kit.verify.compare import record_model
 
 SAMPLE = str(sample_dir())
 FULL = Path("/dev/full")
 run = partial(command_case.run, g2verify)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recording") / "r"
+    record_model(SAMPLE, out, profile="smoke", floor=False)
+    return out
 
 
 def test_logits_do_not_write_through_links(tmp_path: Path, capsys: Any) -> None:
@@ -32,6 +43,32 @@ def test_logits_do_not_write_through_links(tmp_path: Path, capsys: Any) -> None:
     assert precious.read_bytes() == b"weights"
     assert np.load(out).shape == (1, 4, 3072)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_logits_do_not_replace_a_pipe_or_device(tmp_path: Path, capsys: Any) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(2, 6))
+    out = tmp_path / "pipe"
+    os.mkfifo(out)
+    args = ("--tokens", str(tmp_path / "ids.npy"), "--out", str(out))
+    status, _, err = run("logits", SAMPLE, *args, capsys=capsys)
+    assert status == 2
+    assert "this is none" in err
+    assert stat.S_ISFIFO(out.stat().st_mode)
+
+
+@pytest.mark.parametrize("option", ["--text", "--config", "--cand-config"])
+def test_no_report_replaces_what_an_option_names(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("g2kit.verify.compare.part_of", lambda *a, **k: pytest.fail("ran"))
+    file = tmp_path / "mine"
+    file.write_text("mine")
+    status, _, err = run(
+        "compare", SAMPLE, SAMPLE, option, str(file), "--report", str(file), capsys=capsys
+    )
+    assert status == 5
+    assert "is an input of this command" in err
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -51,3 +88,25 @@ def test_a_model_that_transformers_cannot_run(tmp_path: Path, capsys: Any) -> No
     status, _, err = run("compare", SAMPLE, str(model), *args, capsys=capsys)
     assert status == 3, err
     assert "cannot run it" in err
+
+
+@pytest.mark.parametrize(("key", "value"), [("why", None), ("group", []), ("why", 1.5)])
+def test_a_recording_whose_notes_are_no_texts(
+    key: str, value: Any, recording: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """With right hashes."""
+    forged = Path(shutil.copytree(recording, tmp_path / "r"))
+    document = json.loads((forged / schema.DOCUMENT).read_text())
+    document["probes"]["skipped"][0][key] = value
+    document["id"] = schema.content_id(document)
+    document["self_sha256"] = schema.self_sha256(document)
+    (forged / schema.DOCUMENT).write_text(json.dumps(document))
+    status, _, err = run("compare", str(forged), SAMPLE, capsys=capsys)
+    assert status == 3, err
+    assert f"probes.skipped[].{key} must be of type str" in err
+
+
+def test_a_recording_is_no_candidate_of_weights(recording: Path, capsys: Any) -> None:
+    status, _, err = run("weights", SAMPLE, str(recording), capsys=capsys)
+    assert status == 2
+    assert "holds no weights" in err

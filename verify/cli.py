@@ -21,7 +21,7 @@ from ..machine import Stopwatch
 from ..outputs import Outputs
 from ..sealed import dumps, sealed
 from ..terminal import Meter, dump_json, reporting, run_cli
-from . import show
+from . import command_options, show
 from .command_options import PROFILES, config_options, engine_options, probe_options, report_options
 from .document import error_document
 from .document_check import check_verdict
@@ -208,7 +208,8 @@ def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
     from .compare import logits_to_file
 
     names = ("runner", "dtype", "device", "mesh", "config", "fix_config", "gating")
-    with Outputs({"out": out}, (model, tokens)), Meter(quiet=o["quiet"] or o["as_json"]) as meter:
+    inputs = (model, tokens, *command_options.option_files(o))
+    with Outputs({"out": out}, inputs), Meter(quiet=o["quiet"] or o["as_json"]) as meter:
         found = logits_to_file(model, tokens, out, progress=meter, **{n: o[n] for n in names})
     if o["as_json"]:
         click.echo(dump_json({"out": str(out), **found}))
@@ -315,7 +316,10 @@ def _work(kind: str, o: Mapping[str, Any], inputs: tuple[Path, ...]) -> Iterator
     if o.get("shard"):
         _check_shard_outputs(o)
     quiet = o["quiet"] or o["as_json"]
-    with Outputs(paths, inputs) as out, Meter(quiet=quiet) as meter:
+    with (
+        Outputs(paths, (*inputs, *command_options.option_files(o))) as out,
+        Meter(quiet=quiet) as meter,
+    ):
         work = _Work(o, out, meter)
         try:
             yield work

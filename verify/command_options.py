@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import click
 
 from .. import commands
@@ -73,3 +77,12 @@ probe_options = together(
         "--seed", type=int, default=0, show_default=True, help="Of pseudo-random token ids."
     ),
 )
+
+_READ = ("text", "tokens", "config", "ref_config", "cand_config")
+_MODELS = ("reference_embedding", "candidate_embedding")
+
+
+def option_files(o: Mapping[str, Any]) -> tuple[Path, ...]:
+    """What options name to be read: no output may replace it. A preset's name is no file."""
+    files = [Path(o[n]) for n in _READ if o.get(n)]
+    return (*(f for f in files if f.is_file()), *(Path(o[n]) for n in _MODELS if o.get(n)))

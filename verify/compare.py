@@ -16,7 +16,7 @@ from typing import Any, TypedDict, Unpack
 import numpy.typing as npt
 
 from ..convert.open import Checkpoint
-from ..formats.errors import FormatError, NonFiniteError
+from ..formats.errors import FormatError, NonFiniteError, UsageError
 from ..model.config import GemmaConfig
 from ..sealed import sealed
 from .claims import FAIL, Claim
@@ -157,6 +157,11 @@ def part_of(
             stack.enter_context(open_side(path, config, fix_config=fix_config, gating=gating))
             for path, config in zip((ref, cand), configs, strict=True)
         ]
+        if sides[0].checkpoint is not None and sides[1].checkpoint is None:
+            raise UsageError(
+                "the candidate is a recording, which holds no weights.", where=sides[1].path,
+                fix="name the recording first and the checkpoint after it.",
+            )  # fmt: skip
         return measure(sides[0], sides[1], options, run=run, progress=progress)
 
 

@@ -76,6 +76,10 @@ def write_logits(
         SpaceError: the disk is too small.
     """
     out = Path(out)
+    if out.exists() and not out.is_file():  # a device or pipe would be replaced by the file
+        raise UsageError(
+            "the logits are written out of order, into a file; this is none.", where=out
+        )
     batch, length = tokens.shape
     shape = (batch, length, runner.config.vocab_size)
     head = _header(shape)

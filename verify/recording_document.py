@@ -62,6 +62,9 @@ def parse(document: Mapping[str, Any], where: Path) -> tuple[schema.Sizes, Gemma
         check.get(document[section], key, section, kind)
     skipped = document["probes"]["skipped"]
     check.require(all(isinstance(x, dict) for x in skipped), "probes.skipped", "objects")
+    for entry in skipped:
+        for key in ("group", "why"):
+            check.get(entry, key, "probes.skipped[]", str)
     _check_files(check, document)
     for key in ("environment", "run", "runner"):
         check.require(isinstance(document[key], dict), key, "an object")
