@@ -217,6 +217,8 @@ COMPARED: dict[str, tuple[Callable[[Arrays], None], type[G2Error], str]] = {
     "another embedding": (remake("embedding", lambda x: x[::-1]), ChecksumError, "carried along is not the one"),
     "a block's projections": (at("projection", (9, 2, slice(None)), 0.0), FormatError, "5 .*behind block 1 and not .*block 2"),
     "a block's projections, one percent": (remake("projection", raised(3)), FormatError, "behind block 2 and not .* block 3"),
+    "a block's norms, 0.01 percent": (remake("norm", raised(2, 1.0001)), FormatError, "norm recorded behind block 1 differs"),
+    "one norm": (at("norm", (9, 2), 900.0), FormatError, "5 .*norm recorded behind block 1 differs"),
     "the embedding's projections": (remake("projection", raised(0)), FormatError, "the embedded token's projections"),
     "the embedding's norms": (remake("norm", raised(0)), FormatError, "the embedded token's projections"),
     "one state": (at("final_hidden", (200, slice(None)), 1.0), FormatError, "last block's projections"),
@@ -272,14 +274,17 @@ def test_rows_of_two_positions_exchanged(good: Path, tmp_path: Path, name: str) 
         compared(resigned(good, tmp_path / "r", edit))
 
 
-@pytest.mark.parametrize("name", ["projection", "final_hidden"])
+@pytest.mark.parametrize("name", ["projection", "norm", "final_hidden"])
 def test_a_changed_recording_is_refused_by_a_recording_too(
     good: Path, tmp_path: Path, name: str
 ) -> None:
     forged = resigned(good, tmp_path / "r", lambda a: scale(a, name))
     with (
         open_recording(good) as own,
-        pytest.raises(FormatError, match=r"behind block 1 and not|last block's"),
+        pytest.raises(
+            FormatError,
+            match=r"behind block 1 and not|recorded behind block 1 differs|last block's",
+        ),
         open_recording(forged) as r,
     ):
         compare_recordings(own, r)

@@ -150,12 +150,10 @@ class _Against:
             for row, i in enumerate(batch):
                 states = x[row][real[row]]
                 norms = self.recording.array("norm", i)[:, layer + 1]
-                errors = estimated(
-                    self.recording.array("projection", i)[:, layer + 1],
-                    norms,
-                    projected(states, self.matrix, self.recording.sizes.wide),
-                )
-                through[row].add(layer, errors, norms)
+                own, sizes = projected(states, self.matrix, self.recording.sizes.wide)
+                recorded = self.recording.array("projection", i)[:, layer + 1]
+                errors = estimated(recorded, norms, own)
+                through[row].add(layer, errors, norms, sizes)
                 self._note(i, layer, errors, states, seen)
             if layer != EMBEDDING:
                 self.progress(int(real.sum()), f"block {layer}")

@@ -184,7 +184,7 @@ class Persistence:
     """Differences from a recording, followed through the blocks of one probe.
 
     Every block adds to its input, so a difference behind one block is still there behind the next, larger or smaller by
-    a little. Projections that somebody changed differ behind one block only.
+    a little. Projections that somebody changed differ behind one block only. Norms differ by no more than the states do.
 
     Args:
         recording: the reference.
@@ -195,20 +195,24 @@ class Persistence:
         self.recording, self.probe = recording, probe
         self._before: tuple[Array, Array] | None = None
 
-    def add(self, layer: int, errors: Array, norms: Array) -> None:
+    def add(self, layer: int, errors: Array, norms: Array, others: Array) -> None:
         """The next point.
 
         Args:
             layer: the block, -1 for the embedded tokens.
             errors: relative, ``[positions]``; NaN where not finite.
             norms: of the recorded states ``[positions]``.
+            others: of the candidate's states ``[positions]``.
 
         Raises:
-            FormatError: the difference behind the block before has vanished.
+            FormatError: the difference behind the block before has vanished, or norms differ and states do not.
         """
         with np.errstate(invalid="ignore"):
             size = errors * norms.astype(np.float64)
             noise = _NOISE * UNIT[self.recording.dtype] * norms
+            # either may have been rounded to be kept
+            kept = max(np.finfo(x.dtype).eps for x in (norms, others)) * norms
+            self._check_norms(layer, np.abs(others.astype(np.float64) - norms), size, noise + kept)
             if self._before is not None:
                 former, other = self._before
                 bad = np.flatnonzero(former > PERSISTS * size + np.maximum(noise, other))
@@ -221,6 +225,17 @@ class Persistence:
                     )
                     raise contradiction(self.recording, row, what, "projection")
             self._before = size, noise
+
+    def _check_norms(self, layer: int, apart: Array, size: Array, noise: Array) -> None:
+        """Norms are no further apart than the states, of which projections tell the distance within ``_SIZE``."""
+        bad = np.flatnonzero(np.isfinite(apart) & (apart > _SIZE * size + noise))
+        if len(bad):
+            row = self.recording.offsets[self.probe] + int(bad[0])
+            what = (
+                f"the norm recorded {_behind(layer + 1)} differs from the candidate's and the projections do not; "
+                "the recorded norms were changed"
+            )
+            raise contradiction(self.recording, row, what, "norm")
 
 
 def _complain(recording: Recording, start: int, bad: Array, what: str) -> None:

@@ -113,7 +113,8 @@ def _either(
 
 
 def _recorded_traces(ref: Recording, cand: Recording, i: int) -> list[Trace]:
-    one, two, norms = ref.array("projection", i), cand.array("projection", i), ref.array("norm", i)
+    one, two = ref.array("projection", i), cand.array("projection", i)
+    norms, others = ref.array("norm", i), cand.array("norm", i)
     window, probe = ref.config.sliding_window, ref.probes.probes[i].id
     last = position_errors(ref.array("final_hidden", i), cand.array("final_hidden", i))
     errors = {
@@ -123,7 +124,7 @@ def _recorded_traces(ref: Recording, cand: Recording, i: int) -> list[Trace]:
     errors[ref.config.num_hidden_layers] = last
     through = Persistence(ref, i)
     for layer in range(EMBEDDING, ref.config.num_hidden_layers):
-        through.add(layer, errors[layer], norms[:, layer + 1])
+        through.add(layer, errors[layer], norms[:, layer + 1], others[:, layer + 1])
     return [Trace.of(probe, layer, "accumulated", e, window) for layer, e in errors.items()]
 
 

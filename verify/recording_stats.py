@@ -78,11 +78,12 @@ def is_rounded(recording: Recording) -> bool:
     return recording.dtype == "float64"
 
 
-def projected(states: Array, matrix: Array, wide: np.dtype) -> Array:
-    """Projections as a recording stores them, so that equal states give equal ones."""
+def projected(states: Array, matrix: Array, wide: np.dtype) -> tuple[Array, Array]:
+    """Projections and norms as a recording stores them, so that equal states give equal ones."""
+    kept = np.promote_types(wide, states.dtype)
     with np.errstate(invalid="ignore", over="ignore"):
-        found = schema.project(states, matrix)[0]
-        return found.astype(np.promote_types(wide, states.dtype), copy=False)
+        found, norms = schema.project(states, matrix)
+        return found.astype(kept, copy=False), norms.astype(kept, copy=False)
 
 
 def estimated(ref: Array, norms: Array, cand: Array) -> Array:
