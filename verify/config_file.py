@@ -21,6 +21,7 @@ _PACKED = ("quantization_config", "compression_config", "quantization")
 # keys of other architectures, all of which change what is computed
 _FOREIGN = ("num_experts", "num_local_experts", "num_experts_per_tok", "use_bidirectional_attention",
             "attention_bias", "mlp_bias", "partial_rotary_factor", "auto_map")  # fmt: skip
+_WINDOWS = ("sliding_window", "sliding_window_size")
 _EMPTY: tuple[Any, ...] = (None, False, 0, {}, [])
 _STATED = ("dtype", "torch_dtype")
 _OVERRIDES = ("--config", "config argument")
@@ -58,9 +59,16 @@ def file_differences(ref: Side, cand: Side) -> Iterator[tuple[str, Any, Any]]:
     one, two = wrong_values(ref), wrong_values(cand)
     for key in dict.fromkeys((*one, *two)):
         right = (two if key in two else one)[key][1]
-        a, b = one.get(key, (right, right))[0], two.get(key, (right, right))[0]
+        a, b = (_said(s, found, key, right) for s, found in ((ref, one), (cand, two)))
         if a != b:
             yield f"config.{key}", a, b
+
+
+def _said(side: Side, wrong: Mapping[str, tuple[Any, Any]], key: str, right: Any) -> Any:
+    """What a side's file says under a key that is wrong on one side; ``right`` is what it should say there."""
+    if key in wrong:
+        return wrong[key][0]
+    return side.config.sliding_window if key in _WINDOWS else right
 
 
 def stated_types(ref: Side, cand: Side) -> Iterator[tuple[str, Any, Any]]:
