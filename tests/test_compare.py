@@ -319,7 +319,9 @@ def test_a_recording_without_a_floor_decides_nothing(tmp_path: Path) -> None:
     record_model(model(), tmp_path / "rec", profile="smoke", floor=False)
     report = compare(tmp_path / "rec", model())
     assert verdicts(report)["X1"] == "INCONCLUSIVE"
-    assert any("carries no noise floor" in m for c in report["claims"] for m in c["missing"])
+    (claim,) = (c for c in report["claims"] if c["id"] == "X1")
+    assert claim["sentence"] == "There is no noise floor to judge by."
+    assert "record again without --no-floor" in claim["missing"][0]
 
 
 def test_a_recording_holds_no_weights(tmp_path: Path) -> None:

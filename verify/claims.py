@@ -237,7 +237,8 @@ def _within_floor(
     if failed:
         return rule.claim(FAIL, " ".join(failed), proof)
     missing = list(uncovered)
-    if limits is None or limits.kl_max is None:
+    unmeasured = limits is None or limits.kl_max is None
+    if unmeasured:
         why = limits.source if limits else "none could be measured"
         missing.insert(0, f"a noise floor ({why})")
     if m.lower_bound:
@@ -247,7 +248,10 @@ def _within_floor(
     if m.kl_max is None:
         missing.insert(0, "at least one position with finite logits")
     if missing:
-        return rule.claim(INCONCLUSIVE, "The evidence does not cover the model.", proof, missing)
+        text = "The evidence does not cover the model."
+        if unmeasured and len(missing) == 1:
+            text = "There is no noise floor to judge by."
+        return rule.claim(INCONCLUSIVE, text, proof, missing)
     assert limits is not None
     text = f"Over {m.positions} positions of {m.documents} sequences {words}"
     return rule.claim(

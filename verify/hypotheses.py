@@ -143,7 +143,7 @@ RULES: tuple[Rule, ...] = (
     Rule("a step in local layers only differs", ("local",), fields=_WINDOW),
     Rule("a step in global layers only differs", ("global",), fields=_WINDOW),
     Rule("a hyper-parameter or an arithmetic step differs in every layer", ("all",), fields=_ALL),
-    Rule("something differs from layer {first} on; errors of single blocks are not known with this runner", ("from",),
+    Rule("something differs from layer {first} on; errors of single blocks are not known here", ("from",),
          fields=_ALL),
 )  # fmt: skip
 

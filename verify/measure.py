@@ -202,7 +202,9 @@ class _Run:
         elif other is not None and other.floor is not None:
             self.own = other.floor
         if recording.floor is None or self.own is None:
-            self.part["floor_reason"] = "a recording carries no noise floor"
+            self.part["floor_reason"] = (
+                "a recording carries no noise floor; record again without --no-floor"
+            )
             return
         excess = recording.floor.excess(self._alike(recording.floor.dtype, mine, tiles))
         if excess > MAX_EXCESS:
