@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -78,6 +79,22 @@ def test_a_full_device_is_exit_4(tmp_path: Path, capsys: Any) -> None:
     assert status == 4, err
     assert "/dev/full" in err
     assert "ERROR" in (tmp_path / "r.md").read_text()
+
+
+def test_a_disk_that_fills_up_keeps_no_half_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("g2kit.outputs.os.fsync", full)
+    page = tmp_path / "r.html"
+    page.write_text("old")
+    status, _, err = run("weights", SAMPLE, SAMPLE, "--html", str(page), capsys=capsys)
+    assert status == 4
+    assert "No space left" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    assert page.read_text() == "old"
 
 
 def test_a_model_that_transformers_cannot_run(tmp_path: Path, capsys: Any) -> None:

@@ -64,6 +64,9 @@ class Outputs:
             temporary.replace(path)
         except OSError as e:
             raise FileIOError(f"cannot write: {e.strerror}.", where=path) from e
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
         return path
 
     def __exit__(
