@@ -60,7 +60,7 @@ def test_parts_of_other_weights_are_refused(side: int, whole: list[Part], tmp_pa
     sides = [model(), model()]
     sides[side] = model({n: w for n, w in zeroed.items() if n != canonical.EMBED})
     late = shard(1, sides[0], sides[1])
-    with pytest.raises(UsageError, match="different comparisons"):
+    with pytest.raises(UsageError, match="different comparisons: they have not the same weights"):
         merge(save(tmp_path, [whole[0], late]))
 
 

@@ -14,6 +14,9 @@ from .side import Engine, Side
 
 Part = dict[str, Any]
 SCHEMA = "g2kit.part/1"
+COMMON = (
+    "kind", "settings", "reference", "candidate", "identity", "environment", "bits", "probes", "weights",
+)  # fmt: skip
 
 
 def frame_of(ref: Side, cand: Side, options: Options, identity: Identity, run: bool) -> Part:
@@ -93,10 +96,5 @@ def hashed(side: Side, meter: Progress) -> str:
 
 def key_of(part: Part) -> str:
     """What all shards of one comparison have in common, hashed."""
-    common = {
-        n: part[n]
-        for n in ("kind", "settings", "reference", "candidate", "identity", "environment", "bits")
-    }
-    common |= {n: part[n] for n in ("probes", "weights")}
-    text = json.dumps(common, sort_keys=True, allow_nan=False)
+    text = json.dumps({n: part[n] for n in COMMON}, sort_keys=True, allow_nan=False)
     return PREFIX + hashlib.sha256(text.encode()).hexdigest()

@@ -16,6 +16,7 @@ from .evidence import Findings, documents_of, near_tie
 from .floor import Floor
 from .lockstep import LockstepResult, merge_results
 from .measure import SCHEMA, Part, key_of
+from .part_frame import COMMON
 from .weights import Row, findings
 
 MAX_BYTES = 1 << 31
@@ -77,8 +78,9 @@ def check_parts(parts: Sequence[Part]) -> list[Part]:
             "a part of a comparison lacks fields.", fix="run that shard again."
         ) from None
     if len(set(keys)) > 1:
+        odd = [n for n in COMMON if any(p[n] != parts[0][n] for p in parts)]
         raise UsageError(
-            "the parts are of different comparisons (models, options, probes, software or machine).",
+            f"the parts are of different comparisons: they have not the same {', '.join(odd)}.",
             fix="run all shards with the same options and versions.",
         )
     count = shards[0][1]
