@@ -37,12 +37,12 @@ def g2verify(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([command, *args], capture_output=True, text=True)
 
 
-def row(recording: Path, model: Path, runner: str, device: str, dtype: str, profile: str) -> str:
+def row(recording: Path, model: Path, runner: str, device: str, dtype: str) -> str:
     """One comparison as a line of the table."""
     done = g2verify(
-        "compare", str(recording), str(model), "--json", "--profile", profile, "--config",
-        str(model), "--reference-embedding", str(model), "--cand-runner", runner,
-        "--cand-dtype", dtype, "--cand-device", device,
+        "compare", str(recording), str(model), "--json", "--config", str(model),
+        "--reference-embedding", str(model), "--cand-runner", runner, "--cand-dtype", dtype,
+        "--cand-device", device,
     )  # fmt: skip
     said = json.loads(done.stdout)
     claims = {c["id"]: c for c in said["claims"]}
@@ -83,7 +83,7 @@ def main() -> None:
         print("| runner | device | dtype | verdict | largest KL, nats | allowed | seconds |")
         print("|---|---|---|---|---|---|---|")
         for runner, device, dtype in ROWS:
-            print(row(recording, model, runner, device, dtype, args.profile), flush=True)
+            print(row(recording, model, runner, device, dtype), flush=True)
 
 
 if __name__ == "__main__":

@@ -347,6 +347,7 @@ def _options(o: Mapping[str, Any]) -> Options:
     options = Options(
         o["profile"], one, two, o["text"], o["tokens"], o["budget"], o["k"], o["seed"],
         reference_embedding=o["reference_embedding"], candidate_embedding=o["candidate_embedding"],
+        named=command_options.given("profile", "seed"),
     )  # fmt: skip
     return options if o["shard"] is None else replace(options, shard=parse_shard(o["shard"]))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .. import commands
 from ..commands import Option, choice, path_option, together
@@ -77,6 +78,13 @@ probe_options = together(
         "--seed", type=int, default=0, show_default=True, help="Of pseudo-random token ids."
     ),
 )
+
+
+def given(*names: str) -> tuple[str, ...]:
+    """Those of these options that are on the command line of the running command."""
+    source = click.get_current_context().get_parameter_source
+    return tuple(n for n in names if source(n) is ParameterSource.COMMANDLINE)
+
 
 _READ = ("text", "tokens", "config", "ref_config", "cand_config")
 _MODELS = ("reference_embedding", "candidate_embedding")

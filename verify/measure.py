@@ -62,6 +62,7 @@ def measure(
     part = frame_of(ref, cand, options, identity, run)
     if identity.of(SIZE):
         return part
+    work = _Run(ref, cand, options, part, meter) if run else None  # refuses before any work
     if options.shard is not None:
         part["weights"] = [weights_of(s, meter) for s in (ref, cand)]
     if ref.checkpoint is not None and cand.checkpoint is not None:
@@ -73,8 +74,8 @@ def measure(
         part["fingerprint"] = hashed(cand, meter)
     elif cand.recording is not None:
         part["fingerprint"] = cand.recording.fingerprint
-    if run:
-        _Run(ref, cand, options, part, meter).all()
+    if work is not None:
+        work.all()
     return part
 
 
@@ -330,11 +331,7 @@ def probes_of(ref: Side, cand: Side, options: Options) -> ProbeSet:
         UsageError: a recording has its own tokens, and others are named.
     """
     if ref.recording is not None:
-        if options.text is not None or options.tokens is not None:
-            raise UsageError(
-                "a recording has its own tokens, so --text and --tokens do not apply.",
-                fix="leave them out, or record again with them.",
-            )
+        options.require_no_tokens()
         return ref.recording.probes
     return build_probes(
         ref.config, _tokenizer(ref, cand), options.profile,

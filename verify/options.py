@@ -58,6 +58,7 @@ class Options:
         reference_embedding: checkpoint with the embedding of a recorded reference that does not carry it.
         candidate_embedding: the same for a recorded candidate.
         shard: ``(i, n)``, from 0: do this share only; None for all of it, and what needs all of it.
+        named: those of ``profile`` and ``seed`` that the user asked for, rather than that being their default.
     """
 
     profile: str = "ci"
@@ -72,6 +73,7 @@ class Options:
     reference_embedding: str | Path | None = None
     candidate_embedding: str | Path | None = None
     shard: tuple[int, int] | None = None
+    named: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse, before any work, what could only fail after it."""
@@ -86,6 +88,15 @@ class Options:
                 raise NotFoundError(
                     "no such file.", where=path, fix="name a file to take tokens from."
                 )
+
+    def require_no_tokens(self) -> None:
+        """Raise UsageError if any option asks for other tokens than a recording's own."""
+        given = [n for n in ("text", "tokens") if getattr(self, n) is not None]
+        if given := [f"--{n}" for n in (*given, *self.named)]:
+            raise UsageError(
+                f"a recording has its own tokens, so {' and '.join(given)} cannot apply.",
+                fix=f"leave out {' and '.join(given)}, or record again with {'it' if len(given) == 1 else 'them'}.",
+            )
 
     @property
     def share(self) -> tuple[int, int]:
