@@ -51,3 +51,13 @@ def test_defaults_ask_for_no_other_tokens(recorded: str, capsys: Any) -> None:
     status, out, err = run("compare", recorded, SAMPLE, "--estimate", capsys=capsys)
     assert (status, err) == (0, "")
     assert "tokens" in out
+
+
+@pytest.mark.parametrize("command", ["compare", "weights"])
+def test_help_says_which_option_a_side_has_for_itself(command: str, capsys: Any) -> None:
+    said = " ".join(run(command, "--help", capsys=capsys)[1].split())
+    order = ["--config PRESET|FILE The", "--ref-config PRESET|FILE --config for the reference only.",
+             "--cand-config PRESET|FILE --config for the candidate only.", "--fix-config", "--gating"]  # fmt: skip
+    places = [said.index(x) for x in order]
+    assert places == sorted(places)
+    assert "The same" not in said

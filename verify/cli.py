@@ -87,7 +87,7 @@ def g2verify(debug: bool) -> None:
     "Checkpoint with the embedding of a recording that does not carry it.",
     metavar="MODEL",
 )
-@path_option("candidate-embedding", "The same where CAND is a recording too.", metavar="MODEL")
+@path_option("candidate-embedding", "The candidate's, if that is a recording too.", metavar="MODEL")
 @click.option("--shard", metavar="i/N", help="Do this share only; write the part with --report.")
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
 @report_options(shards=True)

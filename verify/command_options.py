@@ -33,16 +33,16 @@ def report_options(*, shards: bool = False) -> Option:
 def config_options(two: bool) -> Option:
     """Configurations of one side or ``two``."""
     sides = [
-        commands.config(f"The same for the {side} only.", name=name)
+        commands.config(f"--config for the {side} only.", name=name)
         for name, side in (("ref-config", "reference"), ("cand-config", "candidate"))
     ]
     return together(
         commands.config(
             "The configuration, for checkpoints that carry none; wins over what they say."
         ),
+        *(sides if two else []),
         commands.fix_config,
         commands.gating,
-        *(sides if two else []),
     )
 
 
