@@ -168,16 +168,19 @@ def quantize(
         )
         if keep_codes is not None and goal.is_gguf:
             raise UsageError("GGUF blocks are not kept as codes.", fix="leave out --keep-codes.")
-        plan.require_destination(dst, goal.format, checkpoint, overwrite=overwrite)
+        read = plan.named_files(calibration, imatrix, sensitivity, config, *moments)
+        plan.require_destination(dst, goal.format, checkpoint, overwrite=overwrite, inputs=read)
+        apart = [*plan.sources_of(checkpoint), *read, *plan.named_files(kept), dst, work_path(dst)]
         keeper = None
         if keep_codes is not None:
-            keeper = Keeper(keep_codes, dst, checkpoint, overwrite=overwrite)
+            keeper = Keeper(keep_codes, dst, checkpoint, overwrite=overwrite, inputs=read)
+            apart.append(keeper.place)
         known = known_of(
             checkpoint, calibration, samples, seq_len, held_out, moments=moments, imatrix=imatrix, device=device
         )  # fmt: skip
         given, wanted = known.text, known.wanted
         method = known.method(method, recover=recover, imatrix_out=imatrix_out)
-        require_matrix_file(imatrix_out, overwrite=overwrite)
+        require_matrix_file(imatrix_out, overwrite=overwrite, apart=apart)
         copies = 2 if recover != "none" or method == "gptq+" else 1
         rows = (copies * wanted.samples + 2 * wanted.held) * wanted.seq_len
         if given is not None:

@@ -135,7 +135,9 @@ def quantize(src: Path, dst: Path, as_json: bool, quiet: bool, dry_run: bool, **
     paths = {name: given.pop(name) for name in cli_report.RENDERERS}
     if dry_run and any(paths.values()):
         raise UsageError("--dry-run makes no report.", fix="leave out --report, --html and --card.")
-    with Outputs(paths, (src, dst)) as out, Meter(quiet=quiet or as_json) as meter, _resumable(dst):
+    inputs = (src, dst, _work(dst), *cli_inputs.named(given))
+    outputs = Outputs(paths, inputs, {"imatrix-out": given["imatrix_out"]})
+    with outputs as out, Meter(quiet=quiet or as_json) as meter, _resumable(dst):
         report = api.quantize(src, dst, dry_run=dry_run, progress=meter, **given)
         meter.stop()
         if not dry_run:
@@ -238,7 +240,8 @@ def sensitivity(src: Path, output: Path | None, as_json: bool, quiet: bool, **gi
     from .measure import sensitivity as measured
 
     work = None if output is None else measure_path(output)
-    with Outputs({"output": output}, (src,)) as out, Meter(quiet=quiet or as_json) as meter:
+    inputs = (src, *cli_inputs.named(given))
+    with Outputs({"output": output}, inputs) as out, Meter(quiet=quiet or as_json) as meter:
         report = measured(src, work=work, progress=meter, **given)
         meter.stop()
         if output is not None:
@@ -256,13 +259,17 @@ def _library() -> Any:
     return api
 
 
+def _work(dst: Path) -> Path:
+    return Path(f"{dst}.quantizing")
+
+
 @contextmanager
 def _resumable(dst: Path) -> Iterator[None]:
     """A signal's message says what became of the work."""
     try:
         yield
     except (KeyboardInterrupt, Terminated) as e:
-        work = dst.with_name(dst.name + ".quantizing")
+        work = _work(dst)
         if (work / "journal").is_file():
             where = printable(str(work))
             e.add_note(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,18 @@ machine = together(
         help="Where blocks run and weights are rounded.",
     ),
 )  # fmt: skip
+
+
+def named(given: Mapping[str, Any]) -> tuple[Path, ...]:
+    """What options name to be read: no report may replace it. A preset's name or ``self`` is no file."""
+    options = ("calibration", "config", "imatrix", "sensitivity", "tokenizer")
+    files = [Path(given[n]) for n in options if given.get(n)]
+    codes = given.get("keep_codes")
+    return (
+        *(f for f in files if os.path.exists(f)),  # noqa: PTH110 - False for any odd name
+        *given.get("moments", ()),
+        *([codes] if codes else ()),
+    )
 
 
 def require_torch() -> None:

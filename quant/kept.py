@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..formats import output_paths as paths
 from ..formats.errors import G2Error
 from ..formats.output_commit import exists_error
 from .codes_file import write_codes
+from .plan import sources_of
 from .work import work_path
 
 
@@ -30,21 +31,22 @@ class Keeper:
         dst: the run's output.
         checkpoint: what is quantized.
         overwrite: replace a directory of codes that is there.
+        inputs: what else is read.
 
     Raises:
-        ConflictError: the place is, holds or lies in the input or the output.
+        ConflictError: the place is, holds or lies in an input or the output.
         FileIOError: there is no directory to put it into.
     """
 
     def __init__(
-        self, place: str | Path, dst: Path, checkpoint: Checkpoint, *, overwrite: bool
-    ) -> None:
+        self, place: str | Path, dst: Path, checkpoint: Checkpoint, *, overwrite: bool,
+        inputs: Sequence[Path] = (),
+    ) -> None:  # fmt: skip
         self.place = paths.normalise(Path(place))
         self._checkpoint, self._overwrite = checkpoint, overwrite
         self._mark, self._done = "", False
-        files = checkpoint.source.files
-        sources = (checkpoint.path, *files) if files else ()
-        paths.check_apart([self.place], (*sources, dst, work_path(dst)))
+        read = (*sources_of(checkpoint), *inputs)
+        paths.check_apart([self.place], (*read, dst, work_path(dst)))
         paths.check_kind(self.place, is_file=False)
 
     def begin(self, settings: Mapping[str, str]) -> None:

@@ -134,11 +134,37 @@ def require_dense(checkpoint: Checkpoint, *, allow: bool) -> None:
         )
 
 
-def require_destination(dst: Path, format: str, checkpoint: Checkpoint, *, overwrite: bool) -> None:
+def named_files(*given: object) -> tuple[Path, ...]:
+    """What of the values of options is a file or directory to read: a preset's name or ids in memory are none."""
+    named = (Path(x) for x in given if isinstance(x, str | Path))
+    return tuple(p for p in named if os.path.exists(p))  # noqa: PTH110 - False for any odd name
+
+
+def sources_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The files of a checkpoint, and where they lie; nothing where it is in memory."""
+    files = checkpoint.source.files
+    return (checkpoint.path, *files) if files else ()
+
+
+def require_destination(
+    dst: Path,
+    format: str,
+    checkpoint: Checkpoint,
+    *,
+    overwrite: bool,
+    inputs: Sequence[Path] = (),
+) -> None:
     """Refuse now what the export would refuse after hours.
 
+    Args:
+        dst: the destination.
+        format: what will be written.
+        checkpoint: the source.
+        overwrite: whether ``dst`` may be there.
+        inputs: what else is read.
+
     Raises:
-        ConflictError: the destination exists, is of another kind, or is not apart from the source.
+        ConflictError: the destination exists, is of another kind, or is not apart from the source or another input.
         FileIOError: there is no directory to put it into.
     """
     dst = paths.normalise(dst)
@@ -147,9 +173,7 @@ def require_destination(dst: Path, format: str, checkpoint: Checkpoint, *, overw
     )
     if paths.check_kind(dst, is_file=single) and not overwrite:
         raise _with_work(dst) if (work_path(dst) / "journal").is_file() else exists_error(dst)
-    files = checkpoint.source.files
-    sources = (checkpoint.path, *files) if files else ()
-    paths.check_apart([dst, work_path(dst)], sources)
+    paths.check_apart([dst, work_path(dst)], (*sources_of(checkpoint), *inputs))
     paths.check_names(dst, {}, (".partial", ".quantizing"))
 
 

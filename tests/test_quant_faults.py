@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -24,9 +25,11 @@ from g2kit.formats import safetensors
 from g2kit.formats.errors import ChecksumError, ConflictError, G2Error
 from g2kit.model import canonical
 from g2kit.model.sample import sample_dir
+from g2kit.outputs import _claim
 from g2kit.quant import quantize
 from g2kit.quant.api import export_codes
 from g2kit.quant.cli import g2quant
+from g2kit.quant.plan import require_destination
 from g2kit.terminal import run_cli
 
 DATA = Path(__file__).parent / "data" / "hf_sharded"
@@ -237,6 +240,70 @@ def test_activations_that_overflow_name_the_block(
     code, error = refused(capsys, "--calibration", ids, src=src, dst=tmp_path / "out")
     assert (code, error["code"]) == (3, "E_NONFINITE")
     assert "layers.1." in error["tensor"]
+
+
+# ---------------------------------------------------------------- files of the user
+
+
+@pytest.mark.parametrize("option", ["--report", "--html", "--card", "--imatrix-out"])
+@pytest.mark.parametrize(
+    "name", ["ids.npy", "src/config.json", "src/model-00001-of-00004.safetensors"]
+)
+def test_no_output_replaces_an_input(
+    option: str, name: str, ids: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    src = Path(shutil.copytree(DATA, tmp_path / "src"))
+    before = (tmp_path / name).read_bytes()
+    args = ("--calibration", ids, option, tmp_path / name, "--overwrite")
+    code, error = refused(capsys, *args, src=src, dst=tmp_path / "out")
+    assert code in (5, 7)
+    assert "input" in error["message"] or "checkpoint" in error["message"]
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_destination_is_no_input(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"mine")
+    with (
+        open_checkpoint(DATA) as source,
+        pytest.raises(ConflictError, match="is the same as the input"),
+    ):
+        require_destination(file, "gguf-q4_0", source, overwrite=True, inputs=[file])
+
+
+def test_a_sensitivity_does_not_replace_its_text(
+    ids: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    before = ids.read_bytes()
+    code = run_cli(
+        g2quant, ["sensitivity", str(DATA), "--calibration", str(ids), "--output", str(ids)]
+    )
+    assert (code, ids.read_bytes()) == (5, before)
+    assert "is an input" in capsys.readouterr().err
+
+
+def test_two_outputs_are_two_files(ids: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "m.dat"
+    args = ("--calibration", ids, "--imatrix-out", out, "--report", out)
+    code, error = refused(capsys, *args, dst=tmp_path / "out")
+    assert code == 2
+    assert "--imatrix-out and --report name the same file" in error["message"]
+
+
+def test_an_importance_matrix_writes_through_no_link(ids: Path, tmp_path: Path) -> None:
+    """A link under the temporary name a version before had."""
+    victim = tmp_path / "model"
+    victim.write_bytes(b"weights")
+    (tmp_path / "m.dat.partial").symlink_to(victim)
+    small(tmp_path / "out", np.load(ids), imatrix_out=tmp_path / "m.dat")
+    assert victim.read_bytes() == b"weights"
+    assert not (tmp_path / "m.dat").is_symlink()
+
+
+def test_a_report_does_not_take_a_streams_place() -> None:
+    """Such as /dev/stdout, that leads to a file: a link that the whole machine would lose."""
+    with tempfile.TemporaryFile() as f:
+        assert _claim(Path(f"/proc/self/fd/{f.fileno()}")) is None
 
 
 # ---------------------------------------------------------------- interrupted

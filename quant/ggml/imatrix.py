@@ -8,6 +8,8 @@ in files; :func:`to_canonical` and :func:`to_foreign` translate.
 from __future__ import annotations
 
 import math
+import os
+import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...convert.layouts.gguf import rules
+from ...formats import output_fs as ofs
 from ...formats.base import ContainerPlan, Slot
 from ...formats.dtypes import F32
 from ...formats.errors import (
@@ -265,9 +268,16 @@ def write(found: ImportanceMatrix, path: str | Path) -> None:
     """Write a file: the old form where the name ends in ``.dat``, else GGUF. The file appears whole or not at all."""
     path = Path(path)
     content = write_dat(found) if path.suffix == ".dat" else _gguf_bytes(found, path.name)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+    try:
+        with ofs.calls("write", path):
+            with partial.open("xb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _gguf_bytes(found: ImportanceMatrix, name: str) -> bytes:

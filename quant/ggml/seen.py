@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,22 @@ if TYPE_CHECKING:
     from ..work import Work
 
 
-def require_matrix_file(path: str | Path | None, *, overwrite: bool) -> None:
-    """Refuse now what would fail after hours.
+def require_matrix_file(
+    path: str | Path | None, *, overwrite: bool, apart: Sequence[Path] = ()
+) -> None:
+    """Refuse now what would fail after hours, or destroy something.
+
+    Args:
+        path: the file, or None.
+        overwrite: whether it may be there.
+        apart: what it must not be, nor lie in.
 
     Raises:
-        ConflictError: it exists, or there is no directory to put it into.
+        ConflictError: it exists, is or lies in one of those, or there is no directory to put it into.
     """
     if path is None:
         return
+    paths.check_apart([paths.normalise(Path(path))], apart)
     if paths.check_kind(Path(path), is_file=True) and not overwrite:
         raise exists_error(Path(path))
     paths.check_names(Path(path), {}, (".partial",))

@@ -24,10 +24,17 @@ class Outputs:
     Args:
         paths: kind -> file, None for those not asked for.
         inputs: what must not be overwritten: files, or directories that nothing is written into; they need not be there yet.
+        others: kind -> file that the command writes by other means.
     """
 
-    def __init__(self, paths: Mapping[str, Path | None], inputs: Iterable[str | Path] = ()) -> None:
+    def __init__(
+        self,
+        paths: Mapping[str, Path | None],
+        inputs: Iterable[str | Path] = (),
+        others: Mapping[str, Path | None] | None = None,
+    ) -> None:
         self.paths = {kind: path for kind, path in paths.items() if path is not None}
+        self._others = {k: path for k, path in (others or {}).items() if path is not None}
         self.inputs = [Path(p) for p in inputs]
         self._temporary: dict[str, Path | None] = {}
 
@@ -75,7 +82,7 @@ class Outputs:
         self._clear()
 
     def _check(self) -> None:
-        seen: dict[Path, str] = {}
+        seen = {path.resolve(): kind for kind, path in self._others.items()}
         sources = [p.resolve() for p in self.inputs]
         for kind, path in self.paths.items():
             real = path.resolve()
@@ -102,7 +109,7 @@ def _claim(path: Path) -> Path | None:
     try:
         if path.is_dir():
             raise UsageError("this is a directory, expected a file to write.", where=path)
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        if path.exists() and (not stat.S_ISREG(path.stat().st_mode) or _is_stream(path)):
             return None
         if path.exists() and not os.access(path, os.W_OK):
             raise FileIOError("the file cannot be replaced: it is read-only.", where=path)
@@ -114,3 +121,9 @@ def _claim(path: Path) -> Path | None:
             fix="make the directory, or name another place.",
         ) from e  # fmt: skip
     return temporary
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether this is an open file's name, such as ``/dev/stdout``: nothing may take its place."""
+    parent = path.parent.resolve()
+    return parent == Path("/dev") or Path("/proc") in parent.parents
