@@ -481,6 +481,13 @@ def test_the_self_test_names_places_outside_the_blocks() -> None:
         assert f">{text}</td>" in shown
 
 
+def test_the_self_test_shows_the_id_of_each_mistake() -> None:
+    shown = report.html(self_test())
+    assert "--mutants takes the ids" in shown
+    for m in self_test()["self_test"]["mutants"]:
+        assert f'data-label="Id"><code>{m["id"]}</code></td>' in shown
+
+
 def test_equal_models_have_no_worst_tokens() -> None:
     document = copy.deepcopy(compare_pass())
     assert document["worst"]

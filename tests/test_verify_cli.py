@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -336,6 +337,10 @@ def test_self_test(tmp_path: Path, capsys: Any) -> None:
     status, out, _ = run(*args, capsys=capsys)
     assert status == 0
     assert "2 of 2 known mistakes were noticed" in out
+    assert re.search(r"^PASS +attention-cap  attention soft-cap missing  +caught by C0", out, re.M)
+    assert re.search(
+        r"^PASS +one-bit +layer 2: an exponent bit .* flipped  caught by W1", out, re.M
+    )
     assert run("self-test", SAMPLE, "--only", "nothing", capsys=capsys)[0] == 2
 
 

@@ -88,13 +88,13 @@ def _where(d: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _self_test(found: Mapping[str, Any]) -> Iterator[str]:
-    titles = [_text(m["title"]) for m in found["mutants"]]
-    width = max(map(len, titles))
-    for m, title in zip(found["mutants"], titles, strict=True):
+    names = [(_text(m["id"]), _text(m["title"])) for m in found["mutants"]]
+    wide, width = (max(map(len, column)) for column in zip(*names, strict=True))
+    for m, (id, title) in zip(found["mutants"], names, strict=True):
         by = _text(", ".join(m["caught_by"])) or "nothing"
         place = "at the right place" if m["right_place"] else "at the wrong place"
         verdict = "PASS" if m["caught_by"] and m["right_place"] else "FAIL"
-        yield f"{_verdict(verdict)}  {title:{width}}  caught by {by}, {place}"
+        yield f"{_verdict(verdict)}  {id:{wide}}  {title:{width}}  caught by {by}, {place}"
 
 
 def _text(text: str) -> str:

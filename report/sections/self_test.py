@@ -28,6 +28,7 @@ def section(document: Document) -> Section | None:
     claims = sorted({c for m in mutants for c in m["claims"]}, key=_claim_order)
     columns = [
         Column("Fault"),
+        Column("Id"),
         *(Column(c, cls="c") for c in claims),
         Column("KL, max", True),
         Column("KL, mean", True),
@@ -37,6 +38,7 @@ def section(document: Document) -> Section | None:
     rows = [
         [
             m["title"],
+            tag("code", m["id"]),
             *(_dot(m["claims"].get(c), m["title"], c) for c in claims),
             number(m["kl_max"], 2),
             number(m["kl_mean"], 2),
@@ -51,7 +53,8 @@ def section(document: Document) -> Section | None:
             columns,
             rows,
             cls="kill",
-            caption="Each row is a copy of the model with one known fault; a dot says which claims failed because of it.",
+            caption="Each row is a copy of the model with one known fault; a dot says which claims failed because of it. "
+            "g2verify self-test --mutants takes the ids.",
         ),
         note(_key()),
         call("Not caught", "; ".join(missed)) if missed else None,
