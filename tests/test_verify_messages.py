@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import command_case
+import numpy as np
 import pytest
 
 from g2kit.model.sample import sample_dir
@@ -61,3 +64,40 @@ def test_help_says_which_option_a_side_has_for_itself(command: str, capsys: Any)
     places = [said.index(x) for x in order]
     assert places == sorted(places)
     assert "The same" not in said
+
+
+def logits(ids: Any, root: Path, *options: str, capsys: Any) -> tuple[int, str, str]:
+    """Run ``logits`` over ids in a file."""
+    np.save(root / "ids.npy", ids)
+    args = ("--tokens", str(root / "ids.npy"), "--out", str(root / "x.npy"))
+    status, out, err = run("logits", SAMPLE, *args, *options, capsys=capsys)
+    return status, out, err
+
+
+@pytest.mark.parametrize(("ids", "options", "found", "fix"), [
+    (np.ones((2, 3)), (), "found float64 (2, 3)", "whole numbers (int32 or int64) of one or two dimensions"),
+    (np.ones((1, 2, 3), int), (), "found int64 (1, 2, 3)", "of one or two dimensions with numpy.save"),
+    (np.array([2, 3072]), (), "from 2 to 3072, the vocabulary has 3072", "give ids from 0 to 3071"),
+    (np.array([2]), ("--runner", "jax", "--mesh", "2x4"), "mesh '2x4'", "data and model, a number of devices"),
+    (np.array([2]), ("--runner", "jax", "--mesh", "data=0"), "data=2,model=4", "from 1; one left out has 1"),
+])  # fmt: skip
+def test_logits_say_what_is_wanted(
+    ids: Any, options: tuple[str, ...], found: str, fix: str, tmp_path: Path, capsys: Any
+) -> None:
+    status, out, err = logits(ids, tmp_path, *options, capsys=capsys)
+    assert (status, out) == (3 if ids.ndim == 3 or ids.dtype.kind == "f" else 2, "")
+    assert found in err
+    assert fix in err.partition("Fix: ")[2]
+    assert "--help" not in err
+    assert "damaged" not in err
+
+
+def test_logits_beyond_the_context_are_noted(tmp_path: Path, capsys: Any) -> None:
+    note = "note: 513 tokens are more than the model's context of 512: it was not trained for those behind."
+    long = np.full(513, 2)
+    status, out, err = logits(long, tmp_path, capsys=capsys)
+    assert (status, err.strip()) == (0, note)
+    status, out, err = logits(long, tmp_path, "--json", capsys=capsys)
+    assert (json.loads(out)["notes"], err) == ([note.removeprefix("note: ")], "")
+    assert logits(long, tmp_path, "-q", capsys=capsys) == (0, "", "")
+    assert logits(long[1:], tmp_path, capsys=capsys)[2] == ""

@@ -215,6 +215,7 @@ def logits(model: Path, tokens: Path, out: Path, **o: Any) -> None:
         click.echo(dump_json({"out": str(out), **found}))
     elif not o["quiet"]:
         click.echo(f"wrote  {out}  float32 {found['shape']}")
+    commands.warn([f"note: {n}" for n in found["notes"]], o["quiet"] or o["as_json"])
     if found["non_finite"] is not None:
         b, p, i = found["non_finite"]
         click.echo(

@@ -347,7 +347,7 @@ def logits_to_file(
         progress: told of bytes and tokens.
 
     Returns:
-        ``shape``, ``bytes``, ``non_finite`` (None, or where the first NaN or infinity is).
+        ``shape``, ``bytes``, ``non_finite`` (None, or where the first NaN or infinity is), ``notes``.
 
     Raises:
         G2Error: the model cannot be opened or run, or the ids do not fit it.

@@ -49,6 +49,7 @@ def as_ids(ids: Any, where: str | Path | None = None) -> Array:
         raise FormatError(
             f"token ids must be whole numbers of shape [length] or [batch, length], found {found}.",
             where=where,
+            fix="save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids).",
         )
     return np.atleast_2d(ids).astype(np.int64)
 
@@ -69,7 +70,8 @@ def write_logits(
         progress: told of tokens.
 
     Returns:
-        ``shape``, ``bytes``, and ``non_finite``: None, or batch, position and id of the first NaN or infinity.
+        ``shape``, ``bytes``, ``non_finite`` (None, or batch, position and id of the first NaN or infinity) and
+        ``notes``: sentences on what to bear in mind.
 
     Raises:
         UsageError: ids outside the vocabulary.
@@ -90,8 +92,15 @@ def write_logits(
                          fix="give fewer tokens, or another disk.")  # fmt: skip
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < shape[2]:
         raise UsageError(
-            f"token ids run from {tokens.min()} to {tokens.max()}, the vocabulary has {shape[2]}."
+            f"token ids run from {tokens.min()} to {tokens.max()}, the vocabulary has {shape[2]}.",
+            fix=f"give ids from 0 to {shape[2] - 1}, made by this model's tokenizer.",
         )
+    context = runner.config.max_position_embeddings
+    notes = (
+        [f"{length} tokens are more than the model's context of {context}: it was not trained for those behind."]
+        if length > context
+        else []
+    )  # fmt: skip
     # a name nobody can know before: a link laid under a known one would be written through
     partial = out.with_name(f".{out.name[:200]}.{secrets.token_hex(8)}.partial")
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
@@ -105,7 +114,7 @@ def write_logits(
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return {"shape": list(shape), "bytes": size, "non_finite": bad}
+    return {"shape": list(shape), "bytes": size, "non_finite": bad, "notes": notes}
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

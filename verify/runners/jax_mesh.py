@@ -28,7 +28,10 @@ def make_mesh(text: str, platform: str | None) -> Mesh:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(data|model)\s*=\s*([1-9][0-9]{0,5})\s*", part)
         if not found:
-            raise UsageError(f"mesh {text!r} is not of the form data=2,model=4.")
+            raise UsageError(
+                f"mesh {text!r} is not of the form data=2,model=4.",
+                fix="give each axis, data and model, a number of devices from 1; one left out has 1.",
+            )
         sizes[found[1]] = int(found[2])
     devices, need = jax.devices(platform), math.prod(sizes.values())
     if len(devices) < need:
