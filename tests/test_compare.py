@@ -252,11 +252,13 @@ def test_merged_reports_are_the_same_bytes_for_any_number_of_shards(tmp_path: Pa
     assert report["blocks"]["first_divergent"]["layer"] == 2
     assert report["run"] is None
     assert report["settings"]["shard"] is None
-    with pytest.raises(UsageError, match=r"shards \[2\] of 3 are missing"):
+    with pytest.raises(UsageError, match=r"shard 2 of 3 is missing"):
         merge([made[3][0], made[3][2]])
-    with pytest.raises(UsageError, match="twice"):
+    with pytest.raises(UsageError, match=r"shards 1, 3 of 3 are missing"):
+        merge([made[3][1]])
+    with pytest.raises(UsageError, match=r"shard 2 of 2 is missing and shard 1 is there twice\."):
         merge([made[2][0], made[2][0]])
-    with pytest.raises(UsageError, match="different numbers"):
+    with pytest.raises(UsageError, match=r"different numbers: of 2, 3\."):
         merge([made[2][0], made[3][1]])
     made[2] = [path.rename(path.with_suffix(".old")) for path in made[2]]
     other = parts(2, tmp_path, model(), model(sliding_window=5))

@@ -290,7 +290,7 @@ def test_shards_and_merge(models: dict[str, str], tmp_path: Path, capsys: Any) -
     assert json.loads(out)["verdict"] == "PASS"
     status, _, err = run("merge", parts[0], capsys=capsys)
     assert status == 2
-    assert "shards [2] of 2 are missing" in err
+    assert "shard 2 of 2 is missing" in err
 
 
 @pytest.mark.parametrize(("args", "words"), [

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..formats import strict_json
 from ..formats.errors import ChecksumError, FormatError, NotFoundError, UsageError
+from ..formats.names import listing
 from .divergence import Inside
 from .evidence import Findings, documents_of, near_tie
 from .floor import Floor
@@ -84,19 +85,27 @@ def check_parts(parts: Sequence[Part]) -> list[Part]:
             fix="run all shards with the same options and versions.",
         )
     count = shards[0][1]
-    if {n for _, n in shards} != {count}:
+    counts = sorted({n for _, n in shards})
+    if counts != [count]:
         raise UsageError(
-            f"the parts are shards of different numbers: {sorted({n for _, n in shards})}.",
+            f"the parts are shards of different numbers: of {listing([str(n) for n in counts])}.",
             fix="merge the shards of one run.",
         )
     have = [i for i, _ in shards]
     missing = sorted(set(range(count)) - set(have))
     if missing or len(have) != count:
         twice = sorted({i for i in have if have.count(i) > 1})
-        said = [f"shards {[i + 1 for i in missing]} of {count} are missing"] if missing else []
-        said += [f"shards {[i + 1 for i in twice]} are there twice"] if twice else []
+        said = [f"{_named(missing, f' of {count}')} missing"] if missing else []
+        said += [f"{_named(twice)} there twice"] if twice else []
         raise UsageError(f"{' and '.join(said)}.", fix="merge every shard exactly once.")
     return [p for _, p in sorted(zip(have, parts, strict=True), key=lambda x: x[0])]
+
+
+def _named(shards: Sequence[int], of: str = "") -> str:
+    """``shard 2 of 3 is``, ``shards 1, 2 of 3 are``: counted from 0 here, from 1 for people."""
+    one = len(shards) == 1
+    found = listing([str(i + 1) for i in shards])
+    return f"shard{'' if one else 's'} {found}{of} {'is' if one else 'are'}"
 
 
 def join(parts: Sequence[Part]) -> Findings:
