@@ -291,7 +291,7 @@ def test_other_compute_types(by_torch: Recording, tmp_path: Path, dtype: str) ->
 def test_transformers_gives_states_and_its_own_logits(by_torch: Recording) -> None:
     pytest.importorskip("transformers")
     with open_runner("transformers", sample_dir()) as runner:
-        with pytest.raises(MissingTensorError, match="no candidate to take it from"):
+        with pytest.raises(MissingTensorError, match="the transformers runner does not give"):
             compare_recording(by_torch, runner)
         found = compare_recording(
             by_torch, runner, candidate_checkpoint=sample_dir(), scratch=3072 * 16 * 40
@@ -390,7 +390,9 @@ def test_two_recordings_without_a_model(by_torch: Recording, by_jax: Recording) 
         assert a.reached == pytest.approx(b.reached, rel=0.3)
     back = compare_recordings(by_torch, by_jax, candidate_embedding=sample_dir())
     assert back.to_json() == found.to_json()
-    with pytest.raises(MissingTensorError, match="no candidate to take it from"):
+    with pytest.raises(
+        MissingTensorError, match=r"carry its embedding, and the other recording does not either\."
+    ):
         compare_recordings(by_torch, by_jax)
     parts = [
         compare_recordings(
@@ -405,7 +407,10 @@ def test_recordings_of_different_embeddings(by_torch: Recording, tmp_path: Path)
     with open_runner("torch", other_embedding()) as runner:
         record(runner, few_probes(), tmp_path / "b", checkpoint=other_embedding())
     with open_recording(tmp_path / "b") as b:
-        with pytest.raises(MissingTensorError, match="--candidate-embedding"):
+        with pytest.raises(
+            MissingTensorError,
+            match=r"the other recording is of another\..*--candidate-embedding MODEL",
+        ):
             compare_recordings(by_torch, b, reference_embedding=sample())
         found = compare_recordings(
             by_torch, b, reference_embedding=sample(), candidate_embedding=other_embedding()

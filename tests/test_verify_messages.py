@@ -10,10 +10,13 @@ from typing import Any
 import command_case
 import numpy as np
 import pytest
+from recording_case import LogitsOnly
 
 from g2kit.model.sample import sample_dir
 from g2kit.verify.cli import g2verify
 from g2kit.verify.compare import record_model
+from g2kit.verify.runners import open_runner
+from g2kit.verify.side import Side
 
 pytest.importorskip("torch")
 SAMPLE = str(sample_dir())
@@ -101,3 +104,23 @@ def test_logits_beyond_the_context_are_noted(tmp_path: Path, capsys: Any) -> Non
     assert (json.loads(out)["notes"], err) == ([note.removeprefix("note: ")], "")
     assert logits(long, tmp_path, "-q", capsys=capsys) == (0, "", "")
     assert logits(long[1:], tmp_path, capsys=capsys)[2] == ""
+
+
+def test_a_runner_that_keeps_its_embedding_to_itself(
+    recorded: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A candidate there is; but its runner, here in the place of llama.cpp's, shows logits only."""
+
+    def keeping(side: Side, engine: Any) -> LogitsOnly:
+        return LogitsOnly(open_runner("torch", side.opened))
+
+    monkeypatch.setattr(Side, "open_runner", keeping)
+    status, out, err = run("compare", recorded, SAMPLE, capsys=capsys)
+    assert (status, out) == (3, "")
+    said, _, fix = err.partition("Fix: ")
+    assert (
+        "not carry its embedding, and the llama_cpp runner does not give the candidate's." in said
+    )
+    assert fix.startswith("give the recorded checkpoint with --reference-embedding MODEL, or")
+    args = ("compare", recorded, SAMPLE, "--reference-embedding", SAMPLE)
+    assert run(*args, capsys=capsys)[0] in (0, 6)

@@ -86,7 +86,8 @@ def compare_recording(
         head = None
         if full:
             own = cand.table() or stack.enter_context(table_of(candidate_checkpoint))
-            table = find_table(recording, reference_embedding, own)
+            why = f"the {cand.name} runner does not give the candidate's"
+            table = find_table(recording, reference_embedding, own, absent=why)
             head = prove(recording, stack.enter_context(table), device)
         run = _Against(recording, cand, head, walk, block_rows, scratch, device, progress)
         probes = recording.probes.probes

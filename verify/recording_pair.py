@@ -109,7 +109,8 @@ def _either(
         given = others
     carried = other.embedding if same and one.embedding is None else None
     blocks = None if carried is None else (lambda: iter(schema.table_blocks(carried)))
-    return find_table(one, given, blocks, option)
+    why = f"the other recording {'does not either' if same else 'is of another'}"
+    return find_table(one, given, blocks, option, why)
 
 
 def _recorded_traces(ref: Recording, cand: Recording, i: int) -> list[Trace]:

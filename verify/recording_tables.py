@@ -214,6 +214,7 @@ def find_table(
     given: Embedding | None,
     candidate: Table | None = None,
     option: str = "--reference-embedding",
+    absent: str = "there is no candidate to take it from",
 ) -> Iterator[Table]:
     """The embedding a recording's logits are made with, from wherever it is.
 
@@ -222,6 +223,7 @@ def find_table(
         given: a checkpoint that has it.
         candidate: the candidate's table, taken if it is the same.
         option: what the user would call ``given``.
+        absent: why there is no ``candidate``, for the message.
 
     Raises:
         ChecksumError: ``given`` has another embedding.
@@ -229,7 +231,7 @@ def find_table(
         G2Error: ``given`` cannot be opened.
     """
     with ExitStack() as stack:
-        yield _rounded(recording, _found(recording, given, candidate, option, stack))
+        yield _rounded(recording, _found(recording, given, candidate, option, absent, stack))
 
 
 def _found(
@@ -237,6 +239,7 @@ def _found(
     given: Embedding | None,
     candidate: Table | None,
     option: str,
+    absent: str,
     stack: ExitStack,
 ) -> Table:
     wanted = recording.embedding_sha256
@@ -263,13 +266,9 @@ def _found(
         return candidate
     raise MissingTensorError(
         "the recording does not carry its embedding, and "
-        + (
-            "there is no candidate to take it from."
-            if candidate is None
-            else "the candidate has another."
-        ),
+        f"{absent if candidate is None else 'the candidate has another'}.",
         where=recording.path,
-        fix=f"give the recorded checkpoint with {option}, or record with --with-embedding.",
+        fix=f"give the recorded checkpoint with {option} MODEL, or record with --with-embedding.",
     )
 
 
