@@ -43,6 +43,9 @@ class _Silent:
         pass
 
 
+_MOST = 1e30  # a KL; sums of more would not be finite
+
+
 def measure_path(dst: Path) -> Path:
     """Where a measurement for this file or destination keeps its work."""
     return dst.with_name(dst.name + SUFFIX)
@@ -258,8 +261,13 @@ def read_sensitivity(path: str | Path) -> Report:
         choices = entry.get("choices") if isinstance(entry, dict) else None
         for choice in choices.values() if isinstance(choices, dict) else [None]:
             kl = choice.get("kl") if isinstance(choice, dict) else None
-            if isinstance(kl, bool) or not isinstance(kl, int | float) or not kl >= 0:
+            if isinstance(kl, bool) or not isinstance(kl, int | float) or not 0 <= kl <= _MOST:
                 raise FormatError("a KL is missing or no number.", where=path, tensor=name)
+    said = found.get("choices")
+    if not isinstance(found.get("source"), dict) or not (
+        isinstance(said, list) and all(isinstance(c, str) for c in said)
+    ):
+        raise FormatError("what was measured is not said.", where=path)
     return found
 
 
@@ -284,6 +292,6 @@ def require_fitting(
     missing = [str(c) for c in choices if any(str(c) not in linears[n]["choices"] for n in wanted)]
     if missing:
         raise ConflictError(
-            f"{', '.join(missing)} was not measured, only {', '.join(document.get('choices', []))}.",
+            f"{', '.join(missing)} was not measured, only {', '.join(document['choices'])}.",
             where=where, fix="pass --choices with what was measured, or measure again.",
         )  # fmt: skip

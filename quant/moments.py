@@ -12,6 +12,8 @@ on and above the diagonal, one behind the other.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,11 @@ class Merged:
         self.tokens = sum(d["tokens"] for d in found)
         self.fingerprint: str = first["source_fingerprint"]
         self.calibration = _calibration(self._paths[0], first["calibration"])
+        if self.tokens != self.calibration.tokens:
+            raise ConflictError(
+                f"the shards are of {self.tokens} tokens, their sequences have {self.calibration.tokens}.",
+                where=self._paths[0], fix="gather them again with `g2quant moments`.",
+            )  # fmt: skip
         self._units = _units(self._paths)
 
     def fill(self, layer: int, collector: Collector) -> None:
@@ -150,7 +157,7 @@ class Merged:
         if units is None:
             raise ShapeError("there are no moments of that layer.", where=self._paths[0])
         n = len(units)
-        parts = [np.load(p / file_name(layer, stage), mmap_mode="r") for p in self._paths]
+        parts = [_sums(p / file_name(layer, stage), n) for p in self._paths]
         exponents = torch.from_numpy(units.astype(np.int32))
         out, at = torch.empty(n, n), 0
         for a in range(0, n, PANEL):
@@ -162,6 +169,20 @@ class Merged:
             out[a : a + rows, a:] = panel / self.tokens
             at = end
         return mirror(out)
+
+
+def _sums(file: Path, n: int) -> npt.NDArray[np.int64]:
+    """A stage's panels one after another."""
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise FormatError(f"cannot be read ({e}).", where=file) from e
+    size = sum(min(PANEL, n - a) * (n - a) for a in range(0, n, PANEL))
+    if found.dtype != np.int64 or found.shape != (size,):
+        raise FormatError(
+            f"these are {found.dtype} {list(found.shape)}, expected int64 [{size}].", where=file
+        )
+    return found
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -176,6 +197,7 @@ def _document(path: Path) -> dict[str, Any]:
         and found.get("version") == VERSION
         and all(type(found.get(k)) is int for k in ("shard", "of", "tokens"))
         and 0 < found["of"] < 1 << 20
+        and found["tokens"] >= 0
         and isinstance(found.get("calibration"), dict)
         and isinstance(found.get("source_fingerprint"), str)
     )
@@ -203,8 +225,10 @@ def _units(paths: Sequence[Path]) -> dict[str, Units]:
         try:
             with np.load(path / UNITS, allow_pickle=False) as archive:
                 here = {k: archive[k] for k in archive.files}
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
             raise FormatError(f"cannot be read ({e}).", where=path / UNITS) from e
+        if any(u.dtype != np.int16 or u.ndim != 1 for u in here.values()):
+            raise FormatError("no units of columns.", where=path / UNITS)
         if found and not (
             found.keys() == here.keys() and all(np.array_equal(found[k], here[k]) for k in found)
         ):

@@ -172,7 +172,7 @@ class Targeted:
         source = self.checkpoint
         meter.start(sum(t.nbytes for t in source.tensors.values()), "reading")
         fingerprint = digest.root(digest.digests(source, meter))
-        measured = (document.get("source") or {}).get("fingerprint")
+        measured = document["source"].get("fingerprint")
         if measured != fingerprint:
             raise ConflictError(
                 "measured on other weights than this checkpoint's.",

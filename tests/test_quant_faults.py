@@ -29,6 +29,8 @@ from g2kit.outputs import _claim
 from g2kit.quant import quantize
 from g2kit.quant.api import export_codes
 from g2kit.quant.cli import g2quant
+from g2kit.quant.gather import gather_moments
+from g2kit.quant.measure import sensitivity
 from g2kit.quant.plan import require_destination
 from g2kit.terminal import run_cli
 
@@ -240,6 +242,71 @@ def test_activations_that_overflow_name_the_block(
     code, error = refused(capsys, "--calibration", ids, src=src, dst=tmp_path / "out")
     assert (code, error["code"]) == (3, "E_NONFINITE")
     assert "layers.1." in error["tensor"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    choices = ("4g32", "8g32")
+    return sensitivity(DATA, calibration=rows(), choices=choices, measure="block", method="rtn")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d.update(source="x"), "what was measured is not said"),
+        (lambda d: d.update(choices=[1]), "what was measured is not said"),
+        (lambda d: d.pop("choices"), "what was measured is not said"),
+        (lambda d: d["linears"][Q0]["choices"]["int4 g32 sym"].update(kl=1e308), "a KL"),
+    ],
+)
+def test_sensitivities_that_are_damaged(
+    change: Callable[[Any], Any], says: str, measured: dict[str, Any], ids: Path, tmp_path: Path,
+    capsys: Capture,
+) -> None:  # fmt: skip
+    document = json.loads(json.dumps(measured))
+    change(document)
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps(document))
+    args = ("--target-bpw", "5", "--choices", "4g32,8g32", "--calibration", ids, "--dry-run")
+    code = run_cli(
+        g2quant, [str(DATA), str(tmp_path / "o"), *map(str, args), "--sensitivity", str(file)]
+    )
+    assert code == 3
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: (p / "layer-1-0.npy").unlink(),
+        lambda p: cut(p / "layer-1-0.npy", 200),
+        lambda p: cut(p / "layer-1-0.npy", 3),
+        lambda p: np.save(p / "layer-1-0.npy", np.zeros(9)),
+        lambda p: cut(p / "units.npz", 300),
+        lambda p: np.savez(p / "units.npz", **{"0-0": np.zeros(3)}),
+        lambda p: flipped(p / "units.npz", 100),
+    ],
+)
+def test_moments_that_are_damaged(
+    damage: Callable[[Path], Any], gathered: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    moments = Path(shutil.copytree(gathered, tmp_path / "m"))
+    damage(moments)
+    code, _ = refused(capsys, "--moments", moments, dst=tmp_path / "out")
+    assert code == 3
+
+
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("moments") / "m"
+    gather_moments(DATA, out, calibration=rows())
+    return out
+
+
+def flipped(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
 # ---------------------------------------------------------------- files of the user
