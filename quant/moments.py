@@ -174,7 +174,7 @@ class Merged:
 def _sums(file: Path, n: int) -> npt.NDArray[np.int64]:
     """A stage's panels one after another."""
     try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        found: npt.NDArray[np.int64] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise FormatError(f"cannot be read ({e}).", where=file) from e
     size = sum(min(PANEL, n - a) * (n - a) for a in range(0, n, PANEL))

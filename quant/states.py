@@ -33,6 +33,10 @@ class States:
     def __init__(self, path: Path, rows: int, width: int, *, keep: bool, create: bool) -> None:
         self.path, self.rows, self.width = path, rows, width
         self._memory = torch.empty(rows, width) if keep else None
+        if not create and not path.exists():
+            raise ConflictError(
+                "the kept hidden states are gone.", where=path, fix="start afresh with --no-resume."
+            )
         with ofs.calls("open", path):
             flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
             # opened and closed by the layer that writes: it remembers descriptors

@@ -183,6 +183,8 @@ class Work:
     def _loaded_ids(self) -> np.ndarray:
         try:
             found = np.load(self.path / _IDS, allow_pickle=False)
+        except FileNotFoundError as e:
+            raise self._damaged(_IDS) from e
         except OSError as e:
             raise FileIOError(f"cannot read: {e.strerror or e}.", where=self.path / _IDS) from e
         except (ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as e:
@@ -281,6 +283,8 @@ class Work:
                 return {
                     k: archive[k] for k in (archive.files if keys is None else keys) if k in archive
                 }
+        except FileNotFoundError as e:
+            raise self._damaged(file) from e
         except OSError as e:
             raise FileIOError(f"cannot read: {e.strerror or e}.", where=self.path / file) from e
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as e:

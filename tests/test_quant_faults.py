@@ -32,6 +32,7 @@ from g2kit.quant.cli import g2quant
 from g2kit.quant.gather import gather_moments
 from g2kit.quant.measure import sensitivity
 from g2kit.quant.plan import require_destination
+from g2kit.quant.work import Work
 from g2kit.terminal import run_cli
 
 DATA = Path(__file__).parent / "data" / "hf_sharded"
@@ -780,3 +781,23 @@ def test_errors_of_all_kinds_are_g2errors(tmp_path: Path) -> None:
         with pytest.raises((G2Error, TypeError)):
             small(tmp_path / "out", np.ones((8, 20), np.int32) * 3, **bad)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["calibration.npy", "states-1.bin", "layer-0.npz"])
+def test_work_that_is_gone_says_to_start_afresh(
+    name: str, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Work.finish_layer
+
+    def stopped(self: Work, layer: int, *args: Any, **more: Any) -> None:
+        finish(self, layer, *args, **more)
+        raise Killed
+
+    with monkeypatch.context() as m, suppress(Killed):
+        m.setattr(Work, "finish_layer", stopped)
+        small(tmp_path / "out", ids)
+    (tmp_path / "out.quantizing" / name).unlink()
+    with pytest.raises(ConflictError) as error:
+        small(tmp_path / "out", ids)
+    assert "--no-resume" in (error.value.fix or "")
+    assert not (tmp_path / "out").exists()
