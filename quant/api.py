@@ -22,6 +22,7 @@ from ..model import canonical
 from ..model.config import GemmaConfig
 from ..model.config_formats import to_plain
 from . import choose, document, export, own_text, plan
+from .budget import planned_bytes
 from .calibration import HELD_OUT, SELF, Calibration
 from .direct import Direct
 from .export_targets import TARGETS
@@ -97,7 +98,8 @@ def quantize(
         bits: 8, 4, 3 or 2; GGUF formats bring their own.
         group_size: columns that share a scale: 32, 64, 128, or -1 for whole rows.
         symmetric: one zero for all (scales may be negative), or one per group.
-        method: ``gptq`` (the better of it and rounding to nearest, weight by weight) or ``rtn``.
+        method: ``gptq`` (the better of it and rounding to nearest, weight by weight), ``gptq+`` (also tries to make up for
+            what earlier rounding did to a layer's inputs) or ``rtn``; None for ``gptq``, or ``rtn`` where the model is not run.
         format: one of :data:`.plan.FORMATS`.
         exclude: names of linear weights that stay as they are, or patterns of them (``*.down_proj.weight``).
         calibration: ``self`` (the model writes it), ``none`` (the model is not run, weights are rounded to nearest), a text,
@@ -195,8 +197,12 @@ def quantize(
                 known, seed, method, limit, meter, device=device, resume=resume, keep=not dry_run
             )
             more = targeted.told()
+        files: dict[str, Any] = {"dtype": dtype, "tokenizer": kept}
+        if not goal.is_gguf:
+            files["max_shard_size"] = shard
+        nbytes = planned_bytes(goal.targets, checkpoint, dst, goal.format, **files)
         if dry_run:
-            return _planned(checkpoint, goal, known, options, dst, limit) | more
+            return _planned(checkpoint, goal, known, options, dst, limit, nbytes) | more
         settings = _settings(goal, options, known, seed)
         job = _Job(checkpoint, dst, goal, options, limit, meter, keeper, imatrix_out, more)
         report = job.run(settings, known, seed, resume, lambda codes, notes: _write(
@@ -358,7 +364,13 @@ def _write(
 
 
 def _planned(
-    checkpoint: Checkpoint, goal: plan.Goal, known: Known, options: Options, dst: Path, limit: int
+    checkpoint: Checkpoint,
+    goal: plan.Goal,
+    known: Known,
+    options: Options,
+    dst: Path,
+    limit: int,
+    nbytes: int,
 ) -> Report:
     wanted = known.wanted
     return {
@@ -378,7 +390,7 @@ def _planned(
             "held_out_sequences": 0 if known.direct else wanted.held,
             "seq_len": wanted.seq_len,
         },
-        "resources": plan.needs(checkpoint, goal, known, options, dst, limit),
+        "resources": plan.needs(checkpoint, goal, known, options, dst, limit, nbytes),
         "warnings": [str(w) for w in checkpoint.reading.warnings],
     }
 
@@ -417,6 +429,11 @@ def export_codes(
     from .codes_file import NAME, CodesFile
     from .rows import CheckpointCodes
 
+    if Path(src) == Path(codes) and (Path(codes) / NAME).is_file():
+        raise UsageError(
+            "these are codes without the rest of the model.", where=Path(codes),
+            fix="pass the checkpoint that was quantized with --source.",
+        )  # fmt: skip
     shard = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     options: dict[str, Any] = {
         "dtype": dtype,

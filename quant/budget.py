@@ -220,14 +220,28 @@ class _Sizes:
 
     def whole(self, targets: Mapping[str, Target]) -> int:
         """Of all files of weights."""
-        if self.format == GGUF:
-            return gguf_bytes(
-                _Announced(targets), self.checkpoint, self.dst, preset_of(targets, self.checkpoint),
-                **self.options,
-            )  # fmt: skip
-        return export.planned_bytes(
-            _Announced(targets), self.checkpoint, self.dst, self.format, **self.options
-        )
+        format = preset_of(targets, self.checkpoint) if self.format == GGUF else self.format
+        return planned_bytes(targets, self.checkpoint, self.dst, format, **self.options)
+
+
+def planned_bytes(
+    targets: Mapping[str, Target], checkpoint: Checkpoint, dst: Path, format: str, **options: Any
+) -> int:
+    """Bytes of the files of weights that come out, from an export planned to its end; refuses what that would refuse.
+
+    Args:
+        targets: canonical name -> what it becomes.
+        checkpoint: gives the rest.
+        dst: the destination.
+        format: one of :data:`.plan.FORMATS`, or a preset's name.
+        options: of the export.
+
+    Raises:
+        G2Error: as :func:`.export.export`.
+    """
+    if format.startswith(f"{GGUF}-"):
+        return gguf_bytes(_Announced(targets), checkpoint, dst, format, **options)
+    return export.planned_bytes(_Announced(targets), checkpoint, dst, format, **options)
 
 
 class _Announced(Mapping[str, Any]):

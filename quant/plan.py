@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 GGUF = "gguf-"
 FORMATS = (*TARGETS, *(GGUF + name for name in MIXES), "gguf")  # the last with a target size only
 _SINGLE = {"torch-int8": (".ckpt", ".pt", ".pth", ".bin")}
+_FILES = (".gguf", ".safetensors", *_SINGLE["torch-int8"])
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def require_destination(
         inputs: what else is read.
 
     Raises:
+        UsageError: the name is that of a file the format does not have.
         ConflictError: the destination exists, is of another kind, or is not apart from the source or another input.
         FileIOError: there is no directory to put it into.
     """
@@ -171,10 +173,20 @@ def require_destination(
     single = (
         dst.suffix == ".gguf" if format.startswith(GGUF) else dst.suffix in _SINGLE.get(format, ())
     )
+    if not single and dst.suffix.lower() in _FILES and not dst.is_dir():
+        raise _not_written_so(dst, format)
     if paths.check_kind(dst, is_file=single) and not overwrite:
         raise _with_work(dst) if (work_path(dst) / "journal").is_file() else exists_error(dst)
     paths.check_apart([dst, work_path(dst)], (*sources_of(checkpoint), *inputs))
     paths.check_names(dst, {}, (".partial", ".quantizing"))
+
+
+def _not_written_so(dst: Path, format: str) -> UsageError:
+    own = (".gguf",) if format.startswith(GGUF) else _SINGLE.get(format, ())
+    fix = "name a directory" + (f", or a file ending in {' or '.join(own)}" if own else "")
+    if dst.suffix.lower() == ".gguf" and not own:
+        fix += ", or pass a GGUF type such as --format gguf-q4_k_m"
+    return UsageError(f"{format} is not written to a {dst.suffix} file.", where=dst, fix=f"{fix}.")
 
 
 def _with_work(dst: Path) -> ConflictError:
@@ -205,23 +217,38 @@ def keeps_states(config: GemmaConfig, rows: int, limit: int) -> bool:
 
 
 def needs(
-    checkpoint: Checkpoint, goal: Goal, known: Known, options: Options, dst: Path, limit: int
+    checkpoint: Checkpoint,
+    goal: Goal,
+    known: Known,
+    options: Options,
+    dst: Path,
+    limit: int,
+    nbytes: int,
 ) -> dict[str, Any]:
-    """Bytes and seconds a run will take, roughly: JSON-ready. ``writing_…`` is the calibration text that the model writes."""
+    """Bytes and seconds a run will take, roughly: JSON-ready. ``writing_…`` is the calibration text that the model writes.
+
+    Args:
+        checkpoint: what is quantized.
+        goal: what comes out.
+        known: of the inputs.
+        options: of the run.
+        dst: the destination.
+        limit: memory to work in.
+        nbytes: of the files of weights that come out.
+    """
     config, wanted = checkpoint.config, known.wanted
     rows = _Rows.of(known, tuned=options.recover != "none", doubled=options.method == "gptq+")
     shapes = [t.shape for t in canonical.tensors(config).values() if "layers.0." in t.name]
     matrices = [(s[0], s[1]) for s in shapes if len(s) == 2]
     block = sum(out * n for out, n in matrices)
     stored = block * config.num_hidden_layers * goal.bits_per_weight(checkpoint) / 8
-    dense = sum(t.nbytes for n, t in checkpoint.tensors.items() if n not in goal.targets)
     at = next(p for p in dst.absolute().parents if p.exists())
     memory, seconds = 0, 0.0
     if known.text is None:
         memory, seconds = own_text.cost(checkpoint, wanted, limit)
     flops = _flops(config, matrices, rows, known, options)
     return {
-        "output_bytes": round(dense + stored),
+        "output_bytes": nbytes,
         "work_bytes": round(8 * rows.states * config.hidden_size + stored),
         "free_bytes": shutil.disk_usage(at).free,
         "peak_bytes": max(memory, _peak(config, matrices, rows, known, options)) + (350 << 20),

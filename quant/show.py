@@ -8,6 +8,7 @@ from typing import Any
 
 from ..convert.show import table
 from ..formats.errors import printable
+from ..formats.names import listing
 from ..terminal import seconds, size
 from . import show_layers
 
@@ -24,7 +25,7 @@ def plan(r: Report) -> str:
     rows = [
         (
             "source",
-            f"{printable(r['source']['path'])}, {r['source']['parameters'] / 1e9:.2f} B parameters",
+            f"{printable(r['source']['path'])}, {_count(r['source']['parameters'])} parameters",
         ),
         ("output", f"{printable(r['output']['path'])}, {r['output']['format']}"),
         ("weights", f"{_targets(r)}; {r['bits_per_weight']:.3f} bits per weight"),
@@ -128,15 +129,23 @@ def exported(r: Report) -> str:
 
 
 def warnings(r: Report) -> list[str]:
-    """For stderr: fallbacks and notes."""
-    fallbacks = [f"note: {printable(x, 1000)}" for x in r.get("fallbacks", ())]
+    """For stderr: fallbacks, those of the same kind in one line, and notes."""
     told = set(r.get("fallbacks", ()))
+    alike: dict[str, list[str]] = {}
+    for x in r.get("fallbacks", ()):
+        name, _, text = x.partition(": ")
+        alike.setdefault(text, []).append(name)
+    fallbacks = [f"note: {listing(n, 3)}: {printable(t, 1000)}" for t, n in alike.items()]
     notes = [f"note: {printable(x, 1000)}" for x in r.get("notes", ()) if x not in told]
     return [*fallbacks, *notes, *(f"warning: {printable(x, 1000)}" for x in r.get("warnings", ()))]
 
 
 def _number(x: float | None) -> str:
     return "unknown" if x is None else f"{x:.4g}"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e8 else f"{n / 1e6:.2f} M"
 
 
 def _share(x: float | None) -> str:

@@ -21,6 +21,7 @@ from g2kit.model.sample import sample_dir
 from g2kit.quant import quantize
 from g2kit.quant.cli import FORMATS, g2quant
 from g2kit.quant.plan import FORMATS as PLANNED
+from g2kit.quant.show import warnings
 from g2kit.terminal import run_cli
 
 DATA = Path(__file__).parent / "data" / "hf_sharded"
@@ -219,6 +220,72 @@ def test_output_size_is_foretold(tmp_path: Path, ids: Path) -> None:
     foretold = _small(tmp_path / "out", ids, dry_run=True)["resources"]["output_bytes"]
     written = _small(tmp_path / "out", ids)["output"]["bytes"]
     assert foretold == pytest.approx(written, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("out.gguf", ["--format", "gguf-q4_0"]),
+        ("out", ["--format", "torch-int8", "--bits", "8", "--group-size", "-1"]),
+        ("out", ["--format", "awq", "--group-size", "32"]),
+    ],
+)
+def test_weights_are_foretold_to_the_byte(tmp_path: Path, name: str, options: list[str]) -> None:
+    args = [str(DATA), str(tmp_path / name), "--calibration", "none", "--json", *options]
+    foretold = json.loads(CliRunner().invoke(g2quant, [*args, "--dry-run"]).stdout)
+    report = json.loads(CliRunner().invoke(g2quant, args).stdout)
+    assert foretold["resources"]["output_bytes"] == report["size"]["weights_after"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("x.gguf", [], "name a directory, or pass a GGUF type such as --format gguf-q4_k_m"),
+        ("x.safetensors", [], "compressed-tensors is not written to a .safetensors file"),
+        ("x.bin", ["--format", "gguf-q4_0"], "name a directory, or a file ending in .gguf."),
+        (
+            "x",
+            ["--format", "torch-int8", "--bits", "8", "--group-size", "-1", "--exclude", "*.down*"],
+            "torch-int8 has every linear layer quantized; 4 are not",
+        ),
+        (
+            "x.ckpt",
+            ["--format", "torch-int8", "--bits", "8", "--group-size", "-1", "--max-shard-size", "1MB"],
+            "is one file, but --max-shard-size asks for several",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_refused_before_anything_is_done(
+    tmp_path: Path, name: str, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(DATA), str(tmp_path / name), "--calibration", "none"]
+    if "--group-size" not in options:
+        options = [*options, *([] if "--format" in options else ["--group-size", "32"])]
+    for more in ([], ["--dry-run"]):
+        assert run_cli(g2quant, [*given, *options, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_codes_without_the_source_asks_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes, args = tmp_path / "codes", [str(DATA), str(tmp_path / "out"), "--calibration", "none"]
+    assert run_cli(g2quant, [*args, "--group-size", "32", "--keep-codes", str(codes)]) == 0
+    assert run_cli(g2quant, ["export", str(codes), str(tmp_path / "x")]) == 2
+    assert "pass the checkpoint that was quantized with --source" in capsys.readouterr().err
+
+
+def test_fallbacks_of_the_same_kind_are_one_line() -> None:
+    found = {
+        "fallbacks": [*(f"w{i}: nearest" for i in range(5)), "w9: damped"],
+        "notes": ["w9: damped", "n"],
+    }
+    assert warnings(found) == [
+        "note: w0, w1, w2 and 2 more: nearest",
+        "note: w9: damped",
+        "note: n",
+    ]
 
 
 def test_streams_and_exit_codes(
