@@ -129,8 +129,10 @@ def quantize(src: Path, dst: Path, as_json: bool, quiet: bool, dry_run: bool, **
     """Quantize the linear layers of SRC and write them to DST. Killed at any moment, the same command goes on."""
     if given["target_size"] or given["target_bpw"]:
         _refuse_beside_target(given["format"])
-    elif given["format"].startswith("gguf-"):
-        _refuse_given(given["format"])
+    else:
+        _refuse_without_target()
+        if given["format"].startswith("gguf-"):
+            _refuse_given(given["format"])
     api = _library()
     paths = {name: given.pop(name) for name in cli_report.RENDERERS}
     if dry_run and any(paths.values()):
@@ -209,6 +211,17 @@ def _refuse_beside_target(format: str) -> None:
             raise UsageError(
                 f"{_UNIFORM_ONLY[name]} does not go with a target size, which decides it.",
                 fix=f"leave out {_UNIFORM_ONLY[name]}; --choices says what to choose from.",
+            )
+
+
+def _refuse_without_target() -> None:
+    """Options about measuring for an allocation are not ignored where there is none."""
+    context = click.get_current_context()
+    for name in ("measure", "measure_tokens"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"--{name.replace('_', '-')} without a size to reach.",
+                fix="add --target-size or --target-bpw.",
             )
 
 

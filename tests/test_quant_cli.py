@@ -242,6 +242,8 @@ def test_weights_are_foretold_to_the_byte(tmp_path: Path, name: str, options: li
     [
         ("x.gguf", [], "name a directory, or pass a GGUF type such as --format gguf-q4_k_m"),
         ("x.safetensors", [], "compressed-tensors is not written to a .safetensors file"),
+        ("x", ["--measure", "block"], "--measure without a size to reach"),
+        ("x", ["--measure-tokens", "64"], "--measure-tokens without a size to reach"),
         ("x.bin", ["--format", "gguf-q4_0"], "name a directory, or a file ending in .gguf."),
         (
             "x",
