@@ -134,7 +134,7 @@ def main() -> None:
     in_child(args.size, root, args.layers, "safetensors")
     if args.memory:
         in_child(args.size, root, args.layers, "torch")
-        memory(root / "hf", root / "torch", 256)
+        memory(root / "hf", root / "torch", min(args.length, 256))
     else:
         prefill(root / "hf", args.length, args.rounds, args.threads)
 

@@ -59,7 +59,9 @@ def _scores(scores: tuple[float, ...], kv: Mapping[str, Any], ids: list[int]) ->
     """A note where scores, by which text is split, differ."""
     there = np.asarray(kv.get(SCORES, ()), np.float32)
     if not ids or len(there) <= ids[-1]:
-        return ["the GGUF file has no scores to compare with those of the tokenizer.model beside it"]
+        return [
+            "the GGUF file has no scores to compare with those of the tokenizer.model beside it"
+        ]
     here = np.array(scores, np.float32)[ids]
     other = np.flatnonzero(there[ids] != here)
     if not len(other):

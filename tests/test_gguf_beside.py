@@ -85,7 +85,9 @@ def test_other_scores_are_noted(gguf: Path, tmp_path: Path) -> None:
     scores[ordinary()[7]] -= 0.5
     path = beside(gguf, tmp_path / "d", rewritten(PIECES, scores=scores))
     report = convert(path, tmp_path / "o", to="safetensors")
-    assert any(n.startswith("1 scores of the GGUF file's vocabulary differ") for n in report["notes"])
+    assert any(
+        n.startswith("1 scores of the GGUF file's vocabulary differ") for n in report["notes"]
+    )
 
 
 def test_special_pieces_may_be_called_otherwise(gguf: Path, tmp_path: Path) -> None:
