@@ -15,6 +15,7 @@ from .. import __version__
 from ..convert import digest
 from ..convert.api import Progress, Report
 from ..convert.open import Checkpoint, open_checkpoint
+from ..formats import output_paths as paths
 from ..formats.errors import UsageError, printable
 from ..formats.sharded import parse_size
 from ..machine import Stopwatch
@@ -442,6 +443,8 @@ def export_codes(
         "overwrite": overwrite,
         "progress": progress,
     }
+    read = plan.named_files(codes, config)
+    paths.check_apart([paths.normalise(Path(dst))], read)
     with open_checkpoint(src, config=config) as checkpoint:
         if (Path(codes) / NAME).is_file():
             with CodesFile(codes) as kept:

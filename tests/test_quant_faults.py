@@ -801,3 +801,13 @@ def test_work_that_is_gone_says_to_start_afresh(
         small(tmp_path / "out", ids)
     assert "--no-resume" in (error.value.fix or "")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["codes", "codes/x"])
+def test_an_export_does_not_replace_the_codes(place: str, tmp_path: Path) -> None:
+    codes = tmp_path / "codes"
+    quantize(DATA, tmp_path / "out", group_size=32, calibration="none", keep_codes=codes)
+    before = files(codes)
+    with pytest.raises(ConflictError, match="the input"):
+        export_codes(codes, DATA, tmp_path / place, overwrite=True)
+    assert files(codes) == before
