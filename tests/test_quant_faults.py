@@ -154,7 +154,8 @@ def test_calibration_is_judged_before_weights_are_read(
 
 
 def test_calibration_that_is_no_file(tmp_path: Path, capsys: Capture) -> None:
-    for name, says in (("none.txt", "no such file"), (".", "a directory")):
+    (tmp_path / "dir").mkdir()
+    for name, says in (("none.txt", "no such file"), ("dir", "a directory")):
         code, error = refused(capsys, "--calibration", tmp_path / name, dst=tmp_path / "out")
         assert (code, says in error["message"]) == (4, True), error
 
