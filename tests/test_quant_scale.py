@@ -433,7 +433,7 @@ def test_shards_that_do_not_belong_together(
     other = tmp_path / "other"
     gather_moments(DATA, other, shard="1/2", calibration=ids[:8], samples=6, held_out=0.3)
     assert "its calibration is not that of" in refused(a, other)
-    document = json.loads((b / "moments.json").read_text())
+    own, document = (json.loads((path / "moments.json").read_text()) for path in (a, b))
     for path in (a, b):
         told = json.loads((path / "moments.json").read_text())
         told["source_fingerprint"] = "g2:sha256:" + "0" * 64
@@ -444,7 +444,7 @@ def test_shards_that_do_not_belong_together(
     units = dict(np.load(b / "units.npz"))
     units["0-0"] = units["0-0"] + 1
     np.savez(b / "units.npz", **units)
-    (a / "moments.json").write_text(json.dumps(document | {"shard": 0}))
+    (a / "moments.json").write_text(json.dumps(own))
     assert "gave other inputs here" in refused(a, b)
     np.save(a / "calibration.npy", np.arange(len(np.load(a / "calibration.npy"))))
     assert "its sequences were changed" in refused(a, b)
