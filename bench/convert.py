@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import statistics
 import sys
@@ -21,27 +20,10 @@ from typing import TYPE_CHECKING
 
 from measure import Run, idle, run
 from sizes import PRESETS, model_config
+from sources import in_child, make_source
 
 if TYPE_CHECKING:  # the parent process stays small
     from g2kit.model.config import GemmaConfig
-
-
-def make_sources(size: str, root: Path, layers: int | None) -> None:
-    """Write the random checkpoints, once."""
-    from synthetic import checkpoint
-
-    from g2kit.convert.api import convert_checkpoint
-    from g2kit.convert.plan import Options
-
-    root.mkdir(parents=True, exist_ok=True)
-    hf = root / "hf"
-    if not hf.exists():
-        print(f"writing {hf}", file=sys.stderr)
-        model = checkpoint(model_config(size, layers))
-        convert_checkpoint(model, hf, Options("safetensors"), check=False)
-    if not (root / "flax").exists():
-        print(f"writing {root / 'flax'}", file=sys.stderr)
-        write_ocdbt(hf, root / "flax", model_config(size, layers))
 
 
 def write_ocdbt(hf: Path, out: Path, config: GemmaConfig) -> None:
@@ -280,14 +262,10 @@ def main() -> None:
     if args.memory:
         memory(args.size, root, args.to, args.layers)
         return
-    # in a process of its own: a child's peak memory counts from what its parent had when it was started
-    child = multiprocessing.get_context("spawn").Process(
-        target=make_sources, args=(args.size, root, args.layers)
-    )
-    child.start()
-    child.join()
-    if child.exitcode:
-        sys.exit(child.exitcode)
+    make_source(args.size, root, args.layers, "safetensors")
+    if not (root / "flax").exists():
+        print(f"writing {root / 'flax'}", file=sys.stderr)
+        in_child(write_ocdbt, root / "hf", root / "flax", model_config(args.size, args.layers))
     compare(args.size, root, args.rounds, not args.no_peers, args.only)
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from measure import idle, run
-from sizes import PRESETS, model_config
+from sizes import PRESETS
+from sources import make_source
 
 # load, warm up, then time; prints the seconds of each prefill
 OURS = """
@@ -55,32 +55,6 @@ with torch.no_grad():
         seconds.append(time.perf_counter() - began)
 print(json.dumps(seconds))
 """
-
-
-def make_source(size: str, root: Path, layers: int | None, framework: str) -> None:
-    """A random checkpoint as ``root/framework``, once; the same weights in every framework."""
-    from synthetic import checkpoint
-
-    from g2kit.convert.api import convert_checkpoint
-    from g2kit.convert.plan import Options
-
-    path = root / {"safetensors": "hf"}.get(framework, framework)
-    if not path.exists():
-        print(f"writing {path}", file=sys.stderr)
-        root.mkdir(parents=True, exist_ok=True)
-        model = checkpoint(model_config(size, layers))
-        convert_checkpoint(model, path, Options(framework), check=False)
-
-
-def in_child(size: str, root: Path, layers: int | None, framework: str) -> None:
-    """So that this process stays small: a child's peak memory counts from its parent's."""
-    child = multiprocessing.get_context("spawn").Process(
-        target=make_source, args=(size, root, layers, framework)
-    )
-    child.start()
-    child.join()
-    if child.exitcode:
-        sys.exit(child.exitcode)
 
 
 def prefill(path: Path, length: int, rounds: int, threads: int) -> None:
@@ -131,9 +105,9 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     root = args.dir.absolute() / (f"{args.size}-{args.layers}" if args.layers else args.size)
-    in_child(args.size, root, args.layers, "safetensors")
+    make_source(args.size, root, args.layers, "safetensors")
     if args.memory:
-        in_child(args.size, root, args.layers, "torch")
+        make_source(args.size, root, args.layers, "torch")
         memory(root / "hf", root / "torch", min(args.length, 256))
     else:
         prefill(root / "hf", args.length, args.rounds, args.threads)

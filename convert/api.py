@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ..formats.errors import UsageError
-from ..formats.sharded import parse_size
+from ..formats.sharded import size_of
 from ..model.config import GemmaConfig
 from .checking import check
 from .conversion_report import plan_report
@@ -85,7 +85,7 @@ def convert(
     if gating not in (None, "df", "fd"):
         raise UsageError(f"gating must be df or fd, not {gating!r}.")
     options = Options(
-        to, layout, dtype, _size(max_shard_size), gating, drop_padding, fold_query_scale,
+        to, layout, dtype, size_of("max_shard_size", max_shard_size), gating, drop_padding, fold_query_scale,
         None if tokenizer is None else str(tokenizer),
     )  # fmt: skip
     with _open(src, source, config, gating, fix_config) as checkpoint:
@@ -93,17 +93,6 @@ def convert(
             checkpoint, dst, options, check=check == "weights", dry_run=dry_run, resume=resume,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
-
-
-def _size(given: int | str | None) -> int | None:
-    if isinstance(given, str):
-        return parse_size(given)
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-        raise UsageError(
-            f"max_shard_size must be a whole number of bytes, found {given!r}.",
-            fix='pass a number such as 5_000_000_000, or a text such as "5GB".',
-        )
-    return given
 
 
 def convert_checkpoint(

@@ -14,7 +14,6 @@ from click.shell_completion import CompletionItem
 from .. import commands
 from ..commands import choice, flag, group, path, print_report, together, warn
 from ..formats.errors import printable
-from ..formats.sharded import parse_size
 from ..terminal import Meter, reporting, resumable, run_cli
 from . import api, show
 from .targets import SOURCES, TARGETS
@@ -129,10 +128,8 @@ def convert(**options: Any) -> None:
 
 
 def _convert(
-    *, as_json: bool, quiet: bool, dry_run: bool, max_shard_size: str | None, src: Path, dst: Path,
-    **options: Any,
-) -> None:  # fmt: skip
-    size = None if max_shard_size is None else parse_size(max_shard_size)
+    *, as_json: bool, quiet: bool, dry_run: bool, src: Path, dst: Path, **options: Any
+) -> None:
     run = options["check"] == "parity"
     if run:
         from ..verify.parity import require_runner
@@ -140,9 +137,7 @@ def _convert(
         options["check"] = "weights"
         require_runner()
     with Meter(quiet=quiet or as_json) as meter, resumable(dst):
-        result = api.convert(
-            src, dst, max_shard_size=size, dry_run=dry_run, progress=meter, **options
-        )
+        result = api.convert(src, dst, dry_run=dry_run, progress=meter, **options)
     parity = None
     if run and not dry_run:
         with reporting(dst):

@@ -20,7 +20,7 @@ class Progress(Protocol):
 class Silent:
     """Tells nobody."""
 
-    def start(self, total: int, what: str) -> None:
+    def start(self, total: int, what: str, unit: str = "B") -> None:
         """Nothing."""
 
     def __call__(self, nbytes: int, name: str) -> None:

@@ -267,6 +267,22 @@ def parse_size(text: str) -> int:
     return size
 
 
+def size_of(name: str, given: int | str | None) -> int | None:
+    """Bytes of the argument ``name``, a number or a text such as ``5GB``; None stays.
+
+    Raises:
+        UsageError: not a size, or less than one byte.
+    """
+    if isinstance(given, str):
+        return parse_size(given)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+        raise UsageError(
+            f"{name} must be a whole number of bytes, found {given!r}.",
+            fix='pass a number such as 5_000_000_000, or a text such as "5GB".',
+        )
+    return given
+
+
 def assign_shards(slots: Sequence[Slot], max_shard_size: int) -> list[list[Slot]]:
     """Split slots, in order, into shards of at most ``max_shard_size`` payload bytes.
 

@@ -13,11 +13,11 @@ import torch
 
 from .. import __version__
 from ..convert import digest
-from ..convert.api import Progress, Report
 from ..convert.open import Checkpoint, open_checkpoint
+from ..convert.progress import Progress, Report, Silent
 from ..formats import output_paths as paths
 from ..formats.errors import UsageError, printable
-from ..formats.sharded import parse_size
+from ..formats.sharded import size_of
 from ..machine import Stopwatch
 from ..model import canonical
 from ..model.config import GemmaConfig
@@ -38,14 +38,6 @@ from .scheme import Scheme
 from .sensitivity import TOKENS
 from .targeted import targeted_of, wish_of
 from .work import Work, WorkCodes, work_path
-
-
-class _Silent:
-    def start(self, total: int, what: str) -> None:
-        pass
-
-    def __call__(self, nbytes: int, name: str) -> None:
-        pass
 
 
 def quantize(
@@ -149,9 +141,9 @@ def quantize(
     watch = Stopwatch()
     require_device(device)
     require_recovery(recover)
-    limit = plan.memory_limit(parse_size(max_memory) if isinstance(max_memory, str) else max_memory)
-    shard = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    dst, meter = Path(dst), progress or _Silent()
+    limit = plan.memory_limit(max_memory)
+    shard = size_of("max_shard_size", max_shard_size)
+    dst, meter = Path(dst), progress or Silent()
     scheme = Scheme(bits, group_size, symmetric)
     wish = wish_of(
         target_size, target_bpw, symmetric, choices, sensitivity, measure, measure_tokens
@@ -435,7 +427,7 @@ def export_codes(
             "these are codes without the rest of the model.", where=Path(codes),
             fix="pass the checkpoint that was quantized with --source.",
         )  # fmt: skip
-    shard = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    shard = size_of("max_shard_size", max_shard_size)
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_shard_size": shard,

@@ -19,9 +19,9 @@ import torch
 
 from .. import __version__
 from ..convert import digest
-from ..convert.api import Progress, Report
 from ..convert.open import Checkpoint, open_checkpoint
 from ..convert.plan import Options, Task, dtype_label, plan_conversion
+from ..convert.progress import Progress, Report, Silent
 from ..convert.stream import TaskRecord, run_task
 from ..formats.base import Array, ContainerPlan, Slot, iter_row_blocks
 from ..formats.dtypes import F32
@@ -59,14 +59,6 @@ class _Record:
     output: TensorEntry
     changed: int
     dropped: TensorEntry | None = None
-
-
-class _Silent:
-    def start(self, total: int, what: str) -> None:
-        pass
-
-    def __call__(self, nbytes: int, name: str) -> None:
-        pass
 
 
 def export(
@@ -109,7 +101,7 @@ def export(
     target = target_of(format)
     job = _Export(codes, checkpoint, Path(dst), target, dtype, max_shard_size, tokenizer)
     job.notes += notes or []
-    return job.run(overwrite, progress or _Silent())
+    return job.run(overwrite, progress or Silent())
 
 
 def require_format(

@@ -15,12 +15,11 @@ import torch
 
 from .. import __version__
 from ..convert import digest
-from ..convert.api import Progress, Report
 from ..convert.open import Checkpoint, open_checkpoint
+from ..convert.progress import Progress, Report, Silent
 from ..formats import output_paths as paths
 from ..formats.errors import UsageError
 from ..formats.output_commit import exists_error
-from ..formats.sharded import parse_size
 from ..model import torch_gemma as tg
 from ..model.config import GemmaConfig
 from . import own_text, plan
@@ -31,14 +30,6 @@ from .moments import IDS, NAME, SCHEMA, UNITS, VERSION, ExactMoments, file_name
 from .pipeline import BATCH_TOKENS, batches
 from .states import States
 from .weights import Weights
-
-
-class _Silent:
-    def start(self, total: int, what: str) -> None:
-        pass
-
-    def __call__(self, nbytes: int, name: str) -> None:
-        pass
 
 
 def gather_moments(
@@ -85,8 +76,8 @@ def gather_moments(
     """
     part = parse_shard(shard)
     require_device(device)
-    limit = plan.memory_limit(parse_size(max_memory) if isinstance(max_memory, str) else max_memory)
-    dst, meter = paths.normalise(Path(dst)), progress or _Silent()
+    limit = plan.memory_limit(max_memory)
+    dst, meter = paths.normalise(Path(dst)), progress or Silent()
     with open_checkpoint(src, config=config, fix_config=fix_config, gating=gating) as checkpoint:
         if paths.check_kind(dst, is_file=False):
             raise exists_error(dst)

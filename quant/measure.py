@@ -14,12 +14,11 @@ import numpy.typing as npt
 
 from .. import __version__
 from ..convert import digest
-from ..convert.api import Progress, Report
 from ..convert.open import Checkpoint, open_checkpoint
+from ..convert.progress import Progress, Report, Silent
 from ..formats import strict_json
 from ..formats.errors import ConflictError, FormatError, UsageError, printable
 from ..formats.names import listing
-from ..formats.sharded import parse_size
 from ..model import canonical
 from ..model.config import GemmaConfig
 from . import own_text, plan
@@ -33,14 +32,6 @@ from .work import Work
 
 SCHEMA = "g2kit.sensitivity/1"
 SUFFIX = ".measuring"
-
-
-class _Silent:
-    def start(self, total: int, what: str) -> None:
-        pass
-
-    def __call__(self, nbytes: int, name: str) -> None:
-        pass
 
 
 _MOST = 1e30  # a KL; sums of more would not be finite
@@ -123,8 +114,8 @@ def sensitivity(
     began = time.monotonic()
     plan.require_method(method)
     require_measure(measure, tokens)
-    limit = plan.memory_limit(parse_size(max_memory) if isinstance(max_memory, str) else max_memory)
-    meter = progress or _Silent()
+    limit = plan.memory_limit(max_memory)
+    meter = progress or Silent()
     with ExitStack() as stack:
         checkpoint = stack.enter_context(
             open_checkpoint(src, config=config, fix_config=fix_config, gating=gating)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..convert.api import Progress
 from ..convert.chat_template import END, START, tuned_for_chat
 from ..convert.open import Checkpoint
+from ..convert.progress import Progress
 from ..convert.tokenizer import tokenizer_of
 from ..model import canonical
 from ..model.config import GemmaConfig

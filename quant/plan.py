@@ -18,6 +18,7 @@ from ..convert.open import Checkpoint
 from ..formats import output_paths as paths
 from ..formats.errors import ConflictError, UsageError, printable
 from ..formats.output_commit import exists_error
+from ..formats.sharded import size_of
 from ..model import canonical
 from ..model.config import GemmaConfig
 from . import export, own_text
@@ -199,15 +200,11 @@ def _with_work(dst: Path) -> ConflictError:
     )
 
 
-def memory_limit(given: int | None) -> int:
-    """Bytes to work in: as given, or half of what is available now."""
-    if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise UsageError(
-                f"max_memory must be a whole number of bytes, found {given!r}.",
-                fix='pass a number, or a text such as "4GB".',
-            )
-        return given
+def memory_limit(given: int | str | None) -> int:
+    """Bytes to work in: as given, a number or a text such as ``4GB``, or half of what is available now."""
+    limit = size_of("max_memory", given)
+    if limit is not None:
+        return limit
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..convert import digest
-from ..convert.api import Progress, Report
 from ..convert.open import Checkpoint
+from ..convert.progress import Progress, Report
 from ..formats.errors import ConflictError, UsageError
 from .budget import (
     GGUF,

@@ -171,7 +171,7 @@ def test_hashing_needs_no_second_copy():
     code = (
         "import numpy as np\n"
         "from g2kit.formats.fingerprint import tensor_digest\n"
-        "from g2kit.verify.machine import peak_rss\n"
+        "from g2kit.machine import peak_rss\n"
         "a = np.ones(64 << 20, np.uint8)\n"
         "tensor_digest('x', a[:9])\n"
         "before = peak_rss()\n"

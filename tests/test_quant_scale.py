@@ -97,7 +97,7 @@ def test_what_has_no_factor_is_damped_more_and_then_given_up() -> None:
 
 
 def _grown(out: Any) -> None:
-    from g2kit.verify.machine import peak_rss
+    from g2kit.machine import peak_rss
 
     n, peaks = 3072, []
     h = torch.eye(n) + 0.1

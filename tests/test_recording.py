@@ -533,7 +533,7 @@ def test_memory_does_not_hold_positions_times_vocabulary() -> None:
     """192 MB of logits pass through in a fraction of that."""
     code = """
 import numpy as np, torch
-from g2kit.verify.machine import peak_rss
+from g2kit.machine import peak_rss
 from g2kit.verify.recording_logits import LogitKeeper
 n, vocab, step = 512, 98304, 2048
 keeper = LogitKeeper(n, vocab, 256, np.array([1]), np.full(n, -1), np.dtype("float32"))

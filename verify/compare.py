@@ -16,6 +16,7 @@ from typing import Any, TypedDict, Unpack
 import numpy.typing as npt
 
 from ..convert.open import Checkpoint
+from ..convert.progress import Silent
 from ..formats.errors import FormatError, NonFiniteError, UsageError
 from ..model.config import GemmaConfig
 from ..sealed import sealed
@@ -23,7 +24,7 @@ from .claims import FAIL, Claim
 from .document import build, error_document, self_test_report
 from .machine import environment
 from .measure import Part, measure, probes_of, side_floor
-from .options import Options, Progress, Silent, engines
+from .options import Options, Progress, engines
 from .part_checks import check_complete
 from .shards import check_parts, join, read_part
 from .side import open_side

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..machine import memory_limit
 from ..model.config import GemmaConfig
 from .batches import plan_batches
 from .floor import BUDGET
 from .lockstep import BLOCK_ROWS, SCRATCH
-from .machine import memory_limit
 from .measure import probes_of
 from .options import Options
 from .side import Side
@@ -135,11 +135,18 @@ def read_rate(side: Side) -> float:
 
 def lines(e: Mapping[str, Any]) -> list[str]:
     """For people."""
+    return [
+        f"tokens   {e['tokens']} in {e['documents']} sequences, {e['batches']} batches",
+        *cost_lines(e),
+    ]
+
+
+def cost_lines(e: Mapping[str, Any]) -> list[str]:
+    """What it takes, for people."""
     from ..terminal import seconds, size
 
     fits = "" if e["memory_bytes"] <= e["memory_available"] else "  more than this machine has"
     return [
-        f"tokens   {e['tokens']} in {e['documents']} sequences, {e['batches']} batches",
         f"work     {e['flop'] / 1e9:.3g} GFLOP at {e['gflop_per_second']} GFLOP/s (measured)",
         f"read     {size(e['bytes_read'])} at {size(e['bytes_per_second'])}/s (measured)",
         f"time     about {seconds(e['seconds'])}",

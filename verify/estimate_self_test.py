@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..machine import memory_limit
 from ..model.config import GemmaConfig
 from .branch import Change
-from .estimate import FLOOR_PASSES, forward_flop, matmul_rate, memory, read_rate
+from .estimate import FLOOR_PASSES, cost_lines, forward_flop, matmul_rate, memory, read_rate
 from .floor import BUDGET, floor_probes
-from .machine import memory_limit
 from .measure import probes_of
 from .mutants import Mutant, mutants
 from .options import Options
@@ -89,13 +89,7 @@ def _kept(config: GemmaConfig, tokens: int) -> int:
 
 def lines(e: Mapping[str, Any]) -> list[str]:
     """For people."""
-    from ..terminal import seconds, size
-
-    fits = "" if e["memory_bytes"] <= e["memory_available"] else "  more than this machine has"
     return [
         f"mistakes {e['mutants']}, looked for over up to {e['tokens']} tokens",
-        f"work     {e['flop'] / 1e9:.3g} GFLOP at {e['gflop_per_second']} GFLOP/s (measured)",
-        f"read     {size(e['bytes_read'])} at {size(e['bytes_per_second'])}/s (measured)",
-        f"time     about {seconds(e['seconds'])}",
-        f"memory   about {size(e['memory_bytes'])} of {size(e['memory_available'])}{fits}",
+        *cost_lines(e),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..machine import described, memory_limit, peak_rss
+from ..machine import described
 from .runners import RUNNERS
 from .side import Engine
 
@@ -25,6 +25,3 @@ def environment(engines: Iterable[Engine] = ()) -> dict[str, Any]:
             found["cuda"] = torch.version.cuda
             found["devices"] = sorted({torch.cuda.get_device_name(torch.device(d)) for d in cuda})
     return found
-
-
-__all__ = ["environment", "memory_limit", "peak_rss"]

@@ -31,16 +31,6 @@ class Progress(Protocol):
         """``count`` more are done."""
 
 
-class Silent:
-    """Shows nothing."""
-
-    def start(self, total: int, what: str, unit: str = "B") -> None:
-        """See :class:`Progress`."""
-
-    def __call__(self, count: int, name: str, /) -> None:
-        """See :class:`Progress`."""
-
-
 @dataclass(frozen=True)
 class Options:
     """How two sides are compared.

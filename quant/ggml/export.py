@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ... import __version__
 from ...convert import digest
-from ...convert.api import Progress, Report
 from ...convert.open import Checkpoint, open_checkpoint
 from ...convert.plan import Options, Task, plan_conversion
+from ...convert.progress import Progress, Report, Silent
 from ...convert.stream import TaskRecord, run_task
 from ...convert.targets import TARGETS, PlanRequest
 from ...formats.base import Array, ContainerPlan, Slot, iter_row_blocks
@@ -43,14 +43,6 @@ from .types import FORMATS, BlockFormat, block_format, to_half
 _BLOCK = 16 << 20  # bytes of float32
 _U8 = np.dtype(np.uint8)
 Value = Blocks | Tensor
-
-
-class _Silent:
-    def start(self, total: int, what: str) -> None:
-        pass
-
-    def __call__(self, nbytes: int, name: str) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def export_gguf(
     """
     job = _Export(blocks, checkpoint, Path(dst), mix_of(mix), dtype, embedding, tokenizer)
     job.notes += notes or []
-    return job.run(overwrite, progress or _Silent())
+    return job.run(overwrite, progress or Silent())
 
 
 def planned_bytes(
