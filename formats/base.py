@@ -32,11 +32,15 @@ class QuantizedWeight(ABC):
         kind: bit layout, such as ``torch_int8`` or ``ggml.Q4_K``.
         shape: ``(out_features, in_features)``.
         bits: stored bits per weight, scales included.
+        code_bits: bits of a weight's code.
+        group_size: weights along a row that share a scale, or a block of such groups.
     """
 
     kind: str
     shape: tuple[int, ...]
     bits: float
+    code_bits: int
+    group_size: int
 
     @abstractmethod
     def dequantize(self, start: int, stop: int) -> npt.NDArray[np.float32]:

@@ -313,8 +313,9 @@ def test_a_recording_stands_for_its_model(tmp_path: Path) -> None:
     found = verdicts(report)
     assert (found["W1"], found["X1"]) == ("FAIL", "FAIL")
     assert report["blocks"]["first_divergent"]["layer"] == 2
-    with pytest.raises(UsageError, match="its own tokens"):
-        compare(tmp_path / "rec", model(), tokens=np.array([2, 3]))
+    for other in ({"tokens": np.array([2, 3])}, {"profile": "smoke"}, {"seed": 0}):
+        with pytest.raises(UsageError, match=f"its own tokens, so --{min(other)} cannot"):
+            compare(tmp_path / "rec", model(), **other)  # type: ignore[arg-type]
 
 
 def test_a_recording_without_a_floor_decides_nothing(tmp_path: Path) -> None:

@@ -312,6 +312,17 @@ def test_known_types_are_those_the_package_decodes() -> None:
     assert "Q8_K" not in names
 
 
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [("Q4_0", 4), ("Q4_1", 4), ("Q5_1", 5), ("Q8_0", 8), ("Q2_K", 2), ("Q6_K", 6), ("IQ4_XS", 4), ("MXFP4", 4)],
+)  # fmt: skip
+def test_codes_have_the_bits_in_the_name(kind: str, bits: int) -> None:
+    """Q4_1 and Q5_1 store five and six bits per weight, of which one is scale and minimum."""
+    found = ggml_blocks.block_type(int(official.GGMLQuantizationType[kind]))
+    assert found is not None
+    assert found.code_bits == bits
+
+
 @pytest.mark.parametrize("kind", DECODABLE, ids=lambda k: k.name)
 def test_every_type_dequantizes(
     tmp_path: Path, kind: official.GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch

@@ -23,8 +23,10 @@ from g2kit.convert.plan import Options
 from g2kit.model.sample import sample_dir
 from g2kit.report import validate
 from g2kit.terminal import run_cli
-from g2kit.verify import cli, parity
+from g2kit.verify import options as verify_options
+from g2kit.verify import parity
 from g2kit.verify.cli import g2verify
+from g2kit.verify.profiles import DEFAULT_PROFILE, PROFILES
 
 SAMPLE = str(sample_dir())
 run = partial(command_case.run, g2verify)
@@ -422,5 +424,6 @@ def test_conversion_with_parity(
 def test_parity_profile_is_ci() -> None:
     from inspect import signature
 
-    assert signature(parity.compare).parameters["profile"].default == "ci"
-    assert cli.PROFILES == ("smoke", "ci", "full")
+    assert signature(parity.compare).parameters["profile"].default is None
+    assert verify_options.Options().describe()["profile"] == DEFAULT_PROFILE == "ci"
+    assert tuple(PROFILES) == ("smoke", "ci", "full")

@@ -191,7 +191,8 @@ class Rounded(QuantizedWeight):
     kind = "test"
 
     def __init__(self, values: np.ndarray, bits: int, group: int) -> None:
-        self.values, self.bits, self.group_size, self.shape = values, bits, group, values.shape
+        self.values, self.group_size, self.shape = values, group, values.shape
+        self.bits, self.code_bits = bits + 32 / group, bits
 
     def dequantize(self, start: int, stop: int) -> np.ndarray:
         return self.values[start:stop]

@@ -22,10 +22,11 @@ from ..outputs import Outputs
 from ..sealed import dumps, sealed
 from ..terminal import Meter, dump_json, reporting, run_cli
 from . import command_options, show
-from .command_options import PROFILES, config_options, engine_options, probe_options, report_options
+from .command_options import config_options, engine_options, probe_options, report_options
 from .document import error_document
 from .document_check import check_verdict
 from .options import Options, engines, parse_shard
+from .profiles import DEFAULT_PROFILE, PROFILES
 
 # option -> how the file is made from a document
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -176,7 +177,7 @@ def merge(parts: tuple[Path, ...], **o: Any) -> None:
 @path("model")
 @config_options(two=False)
 @click.option("--device", metavar="NAME", help="torch's name of the device.")
-@choice("profile", PROFILES, "ci", "Probes to choose from.")
+@choice("profile", tuple(PROFILES), DEFAULT_PROFILE, "Probes to choose from.")
 @click.option("--mutants", "--only", "only", metavar="NAME,…",
               help="Only these mistakes, by their ids; default all.")  # fmt: skip
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say time and memory; run nothing.")
@@ -348,7 +349,6 @@ def _options(o: Mapping[str, Any]) -> Options:
     options = Options(
         o["profile"], one, two, o["text"], o["tokens"], o["budget"], o["k"], o["seed"],
         reference_embedding=o["reference_embedding"], candidate_embedding=o["candidate_embedding"],
-        named=command_options.given("profile", "seed"),
     )  # fmt: skip
     return options if o["shard"] is None else replace(options, shard=parse_shard(o["shard"]))
 

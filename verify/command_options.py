@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from .. import commands
 from ..commands import Option, choice, path_option, together
+from .profiles import DEFAULT_PROFILE, PROFILES
 from .runners import RUNNERS
 
-PROFILES = ("smoke", "ci", "full")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -69,21 +68,13 @@ def _engine(prefix: str, runner: str, dtype: str, device: str) -> list[Option]:
 
 
 probe_options = together(
-    choice("profile", PROFILES, "ci", "How much to run."),
+    choice("profile", tuple(PROFILES), None, "How much to run.", DEFAULT_PROFILE),
     path_option("text", "UTF-8 text whose pieces replace the built-in documents."),
     path_option(
         "tokens", "Token ids, [n] or [documents, n], that replace them.", metavar="FILE.npy"
     ),
-    click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of pseudo-random token ids."
-    ),
+    click.option("--seed", type=int, show_default="0", help="Of pseudo-random token ids."),
 )
-
-
-def given(*names: str) -> tuple[str, ...]:
-    """Those of these options that are on the command line of the running command."""
-    source = click.get_current_context().get_parameter_source
-    return tuple(n for n in names if source(n) is ParameterSource.COMMANDLINE)
 
 
 _READ = ("text", "tokens", "config", "ref_config", "cand_config")

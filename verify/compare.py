@@ -45,7 +45,7 @@ def compare(
     ref: Where,
     cand: Where,
     *,
-    profile: str = "ci",
+    profile: str | None = None,
     runner: str | None = None,
     cand_runner: str | None = None,
     dtype: str | None = None,
@@ -62,7 +62,7 @@ def compare(
     gating: str | None = None,
     budget: float | str | None = None,
     k: float = 10.0,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run two models over the same tokens and judge how far apart they are.
@@ -70,7 +70,7 @@ def compare(
     Args:
         ref: the reference: a checkpoint of any format, or a recording.
         cand: the candidate: a checkpoint of any format, or a recording if the reference is one.
-        profile: how much to run: ``smoke``, ``ci`` or ``full``.
+        profile: how much to run: ``smoke``, ``ci`` (default) or ``full``; a recording has its own.
         runner: implementation that runs both, of :data:`g2kit.verify.runners.RUNNERS`; default ``torch``.
         cand_runner: another one for the candidate.
         dtype: compute type of both, such as ``float32``.
@@ -87,7 +87,7 @@ def compare(
         gating: ``df`` or ``fd``, for Flax checkpoints whose sizes leave the orientation open.
         budget: mean KL in nats that changed weights may cost; default the preset of the candidate's bits.
         k: thresholds are this many times the measured noise floor.
-        seed: of pseudo-random token ids.
+        seed: of pseudo-random token ids, default 0; a recording has its own.
         progress: told of bytes and tokens.
 
     Returns:
@@ -194,10 +194,10 @@ def record_model(
     config: Config = None,
     fix_config: bool = False,
     gating: str | None = None,
-    profile: str = "ci",
+    profile: str | None = None,
     text: str | Path | None = None,
     tokens: str | Path | npt.NDArray[Any] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     floor: bool = True,
     with_embedding: bool = False,
     overwrite: bool = False,

@@ -27,6 +27,7 @@ from .options import DEQUANTIZING, Options, Progress
 from .part_checks import weights_of
 from .part_frame import SCHEMA, Part, frame_of, hashed, kernel_of, key_of
 from .probes import Probe, ProbeSet, build_probes
+from .profiles import DEFAULT_PROFILE
 from .recording import compare_recording, compare_recordings
 from .runners import RUNNERS, Runner
 from .side import Engine, Side
@@ -335,8 +336,8 @@ def probes_of(ref: Side, cand: Side, options: Options) -> ProbeSet:
         options.require_no_tokens()
         return ref.recording.probes
     return build_probes(
-        ref.config, _tokenizer(ref, cand), options.profile,
-        text=options.text, tokens=options.tokens, seed=options.seed,
+        ref.config, _tokenizer(ref, cand), options.profile or DEFAULT_PROFILE,
+        text=options.text, tokens=options.tokens, seed=options.seed or 0,
     )  # fmt: skip
 
 

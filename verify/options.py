@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..formats.errors import NotFoundError, UsageError
 from .batches import BATCH_TOKENS
 from .claims import budget_of
+from .profiles import DEFAULT_PROFILE
 from .runners import RUNNERS
 from .side import DEFAULT_RUNNER, Engine
 
@@ -36,34 +37,32 @@ class Options:
     """How two sides are compared.
 
     Attributes:
-        profile: ``smoke``, ``ci`` or ``full``; see :mod:`.probes`.
+        profile: ``smoke``, ``ci`` or ``full``, see :mod:`.probes`; None for ``ci``, or as recorded.
         reference: how the reference is run.
         candidate: how the candidate is run.
         text: file whose documents replace the built-in ones.
         tokens: ``.npy`` of ids, or an array, that replaces them.
         budget: mean KL in nats allowed to a candidate with changed weights; None for the preset of its bits.
         k: thresholds are this many times the noise floor.
-        seed: of pseudo-random ids.
+        seed: of pseudo-random ids; None for 0, or as recorded.
         batch_tokens: largest padded batch.
         reference_embedding: checkpoint with the embedding of a recorded reference that does not carry it.
         candidate_embedding: the same for a recorded candidate.
         shard: ``(i, n)``, from 0: do this share only; None for all of it, and what needs all of it.
-        named: those of ``profile`` and ``seed`` that the user asked for, rather than that being their default.
     """
 
-    profile: str = "ci"
+    profile: str | None = None
     reference: Engine = field(default_factory=Engine)
     candidate: Engine = field(default_factory=Engine)
     text: str | Path | None = None
     tokens: str | Path | npt.NDArray[Any] | None = None
     budget: float | str | None = None
     k: float = 10.0
-    seed: int = 0
+    seed: int | None = None
     batch_tokens: int = BATCH_TOKENS
     reference_embedding: str | Path | None = None
     candidate_embedding: str | Path | None = None
     shard: tuple[int, int] | None = None
-    named: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse, before any work, what could only fail after it."""
@@ -81,8 +80,8 @@ class Options:
 
     def require_no_tokens(self) -> None:
         """Raise UsageError if any option asks for other tokens than a recording's own."""
-        given = [n for n in ("text", "tokens") if getattr(self, n) is not None]
-        if given := [f"--{n}" for n in (*given, *self.named)]:
+        names = ("text", "tokens", "profile", "seed")
+        if given := [f"--{n}" for n in names if getattr(self, n) is not None]:
             raise UsageError(
                 f"a recording has its own tokens, so {' and '.join(given)} cannot apply.",
                 fix=f"leave out {' and '.join(given)}, or record again with {'it' if len(given) == 1 else 'them'}.",
@@ -96,8 +95,8 @@ class Options:
     def describe(self) -> dict[str, Any]:
         """The report's ``settings``, but for what the probes say; the same for every shard."""
         return {
-            "profile": self.profile,
-            "seed": self.seed,
+            "profile": self.profile or DEFAULT_PROFILE,
+            "seed": self.seed or 0,
             "k": self.k,
             "batch_tokens": self.batch_tokens,
             "text": None if self.text is None else str(self.text),

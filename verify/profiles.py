@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..model.config import GemmaConfig
 
+DEFAULT_PROFILE = "ci"
 SMALL = 50_000_000  # parameters up to which a model runs many tokens in a moment
 CHUNK = 512  # tokens of a document, at most
 

@@ -55,7 +55,7 @@ def quantization_step(tensor: LazyTensor, reference: Array) -> Array:
     """The step a uniform quantizer of as many bits would have, per group of the reference.
 
     A group's step is ``2 max|w| / (2^bits - 1)`` with the packed type's code bits, for groups as long as the type's
-    blocks (a whole row where it does not say, or where rows are stored in another order).
+    (a whole row where rows are stored in another order).
 
     Args:
         tensor: the packed tensor.
@@ -67,12 +67,10 @@ def quantization_step(tensor: LazyTensor, reference: Array) -> Array:
     packed = tensor.source.quantized
     assert packed is not None
     width = reference.shape[-1]
-    group = getattr(packed, "group_size", None) or getattr(
-        getattr(packed, "block", None), "weights", width
-    )
-    if not tensor.streams_rows or width % group:
+    group = packed.group_size if tensor.streams_rows else width
+    if width % group:
         group = width
-    levels = 2 ** max(1, int(getattr(packed, "code_bits", packed.bits))) - 1
+    levels = 2**packed.code_bits - 1
     groups = np.abs(reference).reshape(-1, width // group, group)
     return np.asarray(2 * groups.max(-1, keepdims=True) / levels)
 

@@ -107,7 +107,11 @@ def user_tokens(
             f"token ids must be whole numbers of shape [length] or [documents, length], found {ids.dtype} "
             f"{list(ids.shape)}.",
             where=where,
+            fix="save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids).",
         )
     if int(ids.max()) > np.iinfo(np.int64).max:
-        raise UsageError(f"token id {int(ids.max())} is in no vocabulary.", where=where)
+        raise UsageError(
+            f"token id {int(ids.max())} is in no vocabulary.", where=where,
+            fix="save ids of the model's tokenizer.",
+        )  # fmt: skip
     return list(np.atleast_2d(ids).astype(np.int64))

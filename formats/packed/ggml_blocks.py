@@ -8,6 +8,7 @@ Its decoders allocate several times their output, so they get pieces of bounded 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,11 @@ class BlockType:
     def bits(self) -> float:
         """Stored bits per weight, scales included."""
         return 8 * self.nbytes / self.weights
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code, the number in the name: a Q4_1 block takes 5 per weight."""
+        return int(re.findall("[0-9]", self.name)[0])
 
 
 def _gguf() -> Any:
@@ -84,7 +90,8 @@ class GgmlBlocks(QuantizedWeight):
         self.name = name
         self.block = block
         self.kind = f"ggml.{block.name}"
-        self.bits = block.bits
+        self.bits, self.code_bits = block.bits, block.code_bits
+        self.group_size = block.weights
         self.shape = tuple(shape)
         width = self.shape[-1] if self.shape else 1
         if width % block.weights:

@@ -44,11 +44,13 @@ class TorchInt8Weight(QuantizedWeight):
     """
 
     kind = KIND
+    code_bits = 8
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.codes = codes
         self.scales = scales
         self.shape = codes.shape
+        self.group_size = self.shape[1]
         self.bits = 8 + 8 * scales.dtype.itemsize / max(codes.shape[1], 1)
 
     def dequantize(self, start: int, stop: int) -> npt.NDArray[np.float32]:

@@ -58,10 +58,12 @@ def flag(name: str, text: str) -> Option:
     return click.option(f"--{name}", is_flag=True, help=text)
 
 
-def choice(name: str, values: Sequence[str], default: str, text: str) -> Option:
-    """An option with one of ``values``, the default shown."""
+def choice(
+    name: str, values: Sequence[str], default: str | None, text: str, shown: str | None = None
+) -> Option:
+    """An option with one of ``values``, the default shown; ``shown`` where that is None and means something."""
     return click.option(
-        f"--{name}", type=click.Choice(values), default=default, show_default=True, help=text
+        f"--{name}", type=click.Choice(values), default=default, show_default=shown or True, help=text
     )
 
 
