@@ -26,7 +26,7 @@ from . import own_text, plan
 from .calibration import HELD_OUT, SELF, Calibration
 from .hessian import STAGES, Collector
 from .known import known_of, require_device
-from .moments import IDS, NAME, SCHEMA, UNITS, VERSION, ExactMoments, file_name
+from .moments import IDS, NAME, SCHEMA, UNITS, VERSION, ExactMoments, checksum, file_name
 from .pipeline import BATCH_TOKENS, batches
 from .states import States
 from .weights import Weights
@@ -148,6 +148,7 @@ def gather(
             "of": shard[1],
             "tokens": tokens,
             "source_fingerprint": fingerprint,
+            "crc32": run.checksums,
             "calibration": {
                 "source": calibration.source,
                 "train": len(calibration.train),
@@ -175,6 +176,7 @@ class _Pass:
         every = batches(calibration.train, 0, BATCH_TOKENS)
         self.mine = [b for k, b in enumerate(every) if k % shard[1] == shard[0]]
         # the first batch sets the units, whoever adds it
+        self.checksums: dict[str, int] = {}
         self.seen = self.mine if every[0] in self.mine else [every[0], *self.mine]
 
     @torch.no_grad()
@@ -193,7 +195,9 @@ class _Pass:
             for layer in layers:
                 for stage, m in enumerate(self._layer(layer, states)):
                     flat = torch.cat([p.view(-1) for p in m.panels])
-                    np.save(self.where / file_name(layer, stage), flat.cpu().numpy())
+                    sums, name = flat.cpu().numpy(), file_name(layer, stage)
+                    np.save(self.where / name, sums)
+                    self.checksums[name] = checksum(sums)
                     assert m.units is not None
                     units[f"{layer}-{stage}"] = m.units.to(torch.int16).cpu().numpy()
                 progress(1, f"layer {layer}")

@@ -24,11 +24,18 @@ import torch
 from torch import Tensor
 
 from ..formats import strict_json
-from ..formats.errors import ConflictError, FormatError, LimitError, NotFoundError, ShapeError
+from ..formats.errors import (
+    ChecksumError,
+    ConflictError,
+    FormatError,
+    LimitError,
+    NotFoundError,
+    ShapeError,
+)
 from .calibration import Calibration
 from .hessian import PANEL, STAGES, Collector, Moments, mirror
 
-NAME, SCHEMA, VERSION = "moments.json", "g2kit.moments", 1
+NAME, SCHEMA, VERSION = "moments.json", "g2kit.moments", 2
 IDS, UNITS = "calibration.npy", "units.npz"
 _BITS = 24  # below a column's mean square in the first batch
 _LEAST = (
@@ -111,7 +118,7 @@ class Merged:
         tokens: in all of them.
 
     Raises:
-        NotFoundError, FormatError: no moments, or damaged ones.
+        NotFoundError, FormatError, ChecksumError: no moments, or damaged ones.
         ConflictError: not the shards of one whole, or not gathered alike.
     """
 
@@ -141,6 +148,7 @@ class Merged:
                 where=self._paths[0], fix="gather them again with `g2quant moments`.",
             )  # fmt: skip
         self._units = _units(self._paths)
+        self._checksums = [d["crc32"] for d in found]
 
     def fill(self, layer: int, collector: Collector) -> None:
         """Give a collector's stages their Hessians.
@@ -152,12 +160,25 @@ class Merged:
         for m in collector.moments:
             m.take(self._hessian(layer, templates.index(m.names[0])), self.tokens)
 
+    def _sums(self, name: str, n: int) -> list[npt.NDArray[np.int64]]:
+        """All shards' sums of a stage."""
+        found = []
+        for path, checksums in zip(self._paths, self._checksums, strict=True):
+            sums = _sums(path / name, n)
+            if checksum(sums) != checksums.get(name):
+                raise ChecksumError(
+                    "these are not the sums that were gathered.", where=path / name,
+                    fix="gather the shard again with `g2quant moments`.",
+                )  # fmt: skip
+            found.append(sums)
+        return found
+
     def _hessian(self, layer: int, stage: int) -> Tensor:
         units = self._units.get(f"{layer}-{stage}")
         if units is None:
             raise ShapeError("there are no moments of that layer.", where=self._paths[0])
         n = len(units)
-        parts = [_sums(p / file_name(layer, stage), n) for p in self._paths]
+        parts = self._sums(file_name(layer, stage), n)
         exponents = torch.from_numpy(units.astype(np.int32))
         out, at = torch.empty(n, n), 0
         for a in range(0, n, PANEL):
@@ -169,6 +190,11 @@ class Merged:
             out[a : a + rows, a:] = panel / self.tokens
             at = end
         return mirror(out)
+
+
+def checksum(sums: npt.NDArray[np.int64]) -> int:
+    """CRC-32 of a stage's sums, without the file's header."""
+    return zlib.crc32(sums.view(np.uint8).data)
 
 
 def _sums(file: Path, n: int) -> npt.NDArray[np.int64]:
@@ -199,6 +225,7 @@ def _document(path: Path) -> dict[str, Any]:
         and 0 < found["of"] < 1 << 20
         and found["tokens"] >= 0
         and isinstance(found.get("calibration"), dict)
+        and isinstance(found.get("crc32"), dict)
         and isinstance(found.get("source_fingerprint"), str)
     )
     if not good:

@@ -199,7 +199,9 @@ class Pipeline:
     def _begin(self, stack: ExitStack) -> States:
         done = len(self.work.layers)
         if done:
-            return self._states(done, stack, create=False)
+            states = self._states(done, stack, create=False)
+            states.require(self.work.layers[done - 1]["states"])
+            return states
         states = self._states(0, stack, create=True)
         row = 0
         train, held = self.calibration.train, self.judge.held
@@ -260,7 +262,8 @@ class Pipeline:
         took["forward"] += time.monotonic() - at
         took["all"] = time.monotonic() - began
         block = {"error": self.judge.error(self._pairs(after)), **told, "seconds": took}
-        self.work.finish_layer(layer, values, {"linears": records, "block": block}, gains, squares)
+        kept = {"linears": records, "block": block, "states": after.checksum()}
+        self.work.finish_layer(layer, values, kept, gains, squares)
         states.close()
         return after
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..formats import output_fs as ofs
 from ..formats.errors import ConflictError, FileIOError, SpaceError
 
+_PIECE = 8 << 20  # bytes summed at a time
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -102,6 +104,23 @@ class States:
         """Make everything written durable."""
         with ofs.calls("write", self.path):
             os.fdatasync(self._open)
+
+    def checksum(self) -> int:
+        """CRC-32 of all rows."""
+        found, step = 0, max(1, _PIECE // (4 * self.width))
+        for start in range(0, self.rows, step):
+            rows = self.read(start, min(start + step, self.rows))
+            found = zlib.crc32(rows.numpy().reshape(-1).view(np.uint8).data, found)
+        return found
+
+    def require(self, checksum: int) -> None:
+        """Raise ConflictError unless the rows are those whose checksum this is."""
+        if self.checksum() != checksum:
+            raise ConflictError(
+                "the kept hidden states are not those that were written.",
+                where=self.path,
+                fix="start afresh with --no-resume.",
+            )
 
     @property
     def _open(self) -> int:

@@ -40,7 +40,7 @@ from .scheme import Codes, Scheme
 from .tunable import weight_of
 
 SUFFIX = ".quantizing"
-VERSION = 1
+VERSION = 2
 _IDS = "calibration.npy"
 _TUNING, _TUNED = "tuning.npz", "tuned.npz"
 # numpy parses headers with Python's own parser, which raises SystemError now and then where two threads use it (3.11)

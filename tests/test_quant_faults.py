@@ -284,6 +284,7 @@ def test_sensitivities_that_are_damaged(
         lambda p: cut(p / "layer-1-0.npy", 200),
         lambda p: cut(p / "layer-1-0.npy", 3),
         lambda p: np.save(p / "layer-1-0.npy", np.zeros(9)),
+        lambda p: flipped(p / "layer-1-0.npy", 200),
         lambda p: cut(p / "units.npz", 300),
         lambda p: np.savez(p / "units.npz", **{"0-0": np.zeros(3)}),
         lambda p: flipped(p / "units.npz", 100),
@@ -542,14 +543,14 @@ def test_a_changed_run_does_not_go_on_with_another_ones_work(
 def test_damaged_work_is_not_continued(interrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(interrupted / "out.quantizing", tmp_path / "out.quantizing")
     ids = np.random.default_rng(0).integers(3, 500, (8, 20))
-    for name in ("calibration.npy", "layer-2.npz"):
+    for name in ("calibration.npy", "layer-2.npz", "states-4.bin"):
         file = tmp_path / "out.quantizing" / name
         whole = file.read_bytes()
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
         for damaged in (b"", whole[:60], whole[:middle], flipped):
             file.write_bytes(damaged)
-            with pytest.raises(ConflictError, match="damaged"):
+            with pytest.raises(ConflictError, match=r"damaged|hidden states"):
                 small(tmp_path / "out", ids)
         file.write_bytes(whole)
     report = small(tmp_path / "out", ids)
