@@ -24,7 +24,7 @@ from ..model.config import GemmaConfig
 from ..model.config_formats import to_plain
 from . import choose, document, export, own_text, plan
 from .budget import planned_bytes
-from .calibration import HELD_OUT, SELF, Calibration
+from .calibration import SELF, Calibration
 from .direct import Direct
 from .export_targets import TARGETS
 from .ggml.bridge import FORMATS_OF_CODES, BlocksOfCodes
@@ -56,7 +56,7 @@ def quantize(
     imatrix_out: str | Path | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
-    held_out: float = HELD_OUT,
+    held_out: float | None = None,
     seed: int = 0,
     sequential: bool = True,
     recover: str = "none",
@@ -102,7 +102,7 @@ def quantize(
         imatrix_out: file for the importance matrix of the inputs seen; the old form where it ends in ``.dat``.
         samples: sequences to gather inputs from; None for 128, or 32 for a model above 1e9 parameters on a processor.
         seq_len: tokens of each; None for 512, or the model's context where that is shorter.
-        held_out: further sequences, as a share of ``samples``, that judge the result.
+        held_out: further sequences, as a share of ``samples``, that judge the result; None for an eighth.
         seed: of what the model writes.
         sequential: gather every stage of a block behind the rounded ones before it; else all at once, in half the time.
         recover: ``scales`` tunes scales and norm gains when codes are chosen, each block to the original's output and then
@@ -174,7 +174,9 @@ def quantize(
             checkpoint, calibration, samples, seq_len, held_out, moments=moments, imatrix=imatrix, device=device
         )  # fmt: skip
         given, wanted = known.text, known.wanted
-        method = known.method(method, recover=recover, imatrix_out=imatrix_out)
+        method = known.method(
+            method, recover=recover, imatrix_out=imatrix_out, sequential=sequential
+        )
         require_matrix_file(imatrix_out, overwrite=overwrite, apart=apart)
         copies = 2 if recover != "none" or method == "gptq+" else 1
         rows = (copies * wanted.samples + 2 * wanted.held) * wanted.seq_len

@@ -23,7 +23,7 @@ from ..formats.output_commit import exists_error
 from ..model import torch_gemma as tg
 from ..model.config import GemmaConfig
 from . import own_text, plan
-from .calibration import HELD_OUT, SELF, Calibration
+from .calibration import SELF, Calibration
 from .hessian import STAGES, Collector
 from .known import known_of, require_device
 from .moments import IDS, NAME, SCHEMA, UNITS, VERSION, ExactMoments, checksum, file_name
@@ -40,7 +40,7 @@ def gather_moments(
     calibration: str | Path | npt.ArrayLike = SELF,
     samples: int | None = None,
     seq_len: int | None = None,
-    held_out: float = HELD_OUT,
+    held_out: float | None = None,
     seed: int = 0,
     config: str | Path | GemmaConfig | None = None,
     fix_config: bool = False,

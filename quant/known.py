@@ -68,7 +68,9 @@ class Known:
             digest.update(name.encode() + self.importance[name].numpy().tobytes())
         return {"--imatrix": digest.hexdigest()[:16]}
 
-    def method(self, asked: str | None, *, recover: str, imatrix_out: object) -> str:
+    def method(
+        self, asked: str | None, *, recover: str, imatrix_out: object, sequential: bool = True
+    ) -> str:
         """What to round by.
 
         Raises:
@@ -76,7 +78,11 @@ class Known:
         """
         if asked is not None:
             require_method(asked)
-        wanted = {"--recover": recover != "none", "--imatrix-out": imatrix_out is not None}
+        wanted = {
+            "--recover": recover != "none",
+            "--imatrix-out": imatrix_out is not None,
+            "--no-sequential": not sequential,
+        }
         over = {f"--method {asked}": asked not in (None, "rtn")} if self.direct else {}
         if self.merged is not None:
             over = {f"--method {asked}": asked not in (None, "rtn", "gptq")}
@@ -120,7 +126,7 @@ def known_of(
     calibration: str | Path | npt.ArrayLike = SELF,
     samples: int | None = None,
     seq_len: int | None = None,
-    held_out: float = HELD_OUT,
+    held_out: float | None = None,
     *,
     moments: Sequence[str | Path] = (),
     imatrix: str | Path | None = None,
@@ -133,24 +139,37 @@ def known_of(
         calibration: ``self``, ``none``, or as :func:`.calibration.read_calibration`.
         samples: sequences; None for :func:`samples_for`.
         seq_len: tokens of each; None for 512, or the model's context where that is shorter.
-        held_out: further sequences, as a share of ``samples``.
+        held_out: further sequences, as a share of ``samples``; None for an eighth.
         moments: directories of :func:`.moments.gather`.
         imatrix: an importance matrix.
         device: that will compute.
 
     Raises:
-        UsageError: two of them at once, longer than the model's context, or not fit for calibration.
+        UsageError: two of them at once, numbers of sequences where none are made or cut, longer than the model's context, or
+            not fit for calibration.
         G2Error: any other, of a file that cannot be read.
     """
     config = checkpoint.config
     context = config.max_position_embeddings
     count = samples_for(config, device) if samples is None else samples
-    wanted = Wanted(count, min(SEQ_LEN, context) if seq_len is None else seq_len, held_out)
+    wanted = Wanted(
+        count,
+        min(SEQ_LEN, context) if seq_len is None else seq_len,
+        HELD_OUT if held_out is None else held_out,
+    )
     word = calibration if isinstance(calibration, str) else None
     several = [n for n, x in (("--moments", moments), ("--imatrix", imatrix)) if x]
     if len(several) + (word != SELF) > 1:
         named = [*several, *(() if word == SELF else ["--calibration"])]
         raise UsageError(f"{' and '.join(named)} exclude each other.", fix="give one of them.")
+    if several or word == NONE:
+        sizes = {"--samples": samples, "--seq-len": seq_len, "--held-out": held_out}
+        if given := [n for n, x in sizes.items() if x is not None]:
+            raise UsageError(
+                f"{' and '.join(given)} cannot apply: {several[0] if several else '--calibration none'} takes the place "
+                "of calibration sequences.",
+                fix=f"leave out {' and '.join(given)}.",
+            )
     if imatrix is not None:
         source = Calibration(str(imatrix), (), ())
         return Known(wanted, source, importance=importance_of(imatrix, checkpoint))

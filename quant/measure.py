@@ -23,7 +23,7 @@ from ..model import canonical
 from ..model.config import GemmaConfig
 from . import own_text, plan
 from .budget import choices_for
-from .calibration import HELD_OUT, SELF, Calibration
+from .calibration import SELF, Calibration
 from .choose import Target
 from .hessian import STAGES
 from .known import Known, known_of
@@ -65,7 +65,7 @@ def sensitivity(
     calibration: str | Path | npt.ArrayLike = SELF,
     samples: int | None = None,
     seq_len: int | None = None,
-    held_out: float = HELD_OUT,
+    held_out: float | None = None,
     seed: int = 0,
     config: str | Path | GemmaConfig | None = None,
     fix_config: bool = False,

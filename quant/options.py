@@ -41,8 +41,7 @@ calibration = together(
     click.option(
         "--held-out",
         type=float,
-        default=0.125,
-        show_default=True,
+        show_default="0.125",
         help="Further sequences, as a share of --samples, that judge the result.",
     ),
     click.option(

@@ -342,6 +342,12 @@ def test_an_importance_matrix_out_of_a_run_and_into_another(
         ({"calibration": "none", "method": "gptq"}, "--method gptq cannot be"),
         ({"calibration": "none", "imatrix_out": "m.gguf"}, "--imatrix-out cannot be"),
         ({"calibration": "none", "recover": "scales"}, "--recover cannot be"),
+        ({"calibration": "none", "sequential": False}, "--no-sequential cannot be"),
+        (
+            {"calibration": "none", "samples": 8, "held_out": 0.5},
+            "--samples and --held-out cannot apply: --calibration none",
+        ),
+        ({"imatrix": "x", "seq_len": 16}, "--seq-len cannot apply: --imatrix takes the place"),
         ({"calibration": "none", "imatrix": "x"}, "--imatrix and --calibration exclude each other"),
         ({"imatrix": "x", "moments": ["y"]}, "--moments and --imatrix exclude each other"),
         ({"moments": ["nowhere"]}, "there is no moments.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 from ..base import Source, Tensor
@@ -69,15 +70,42 @@ def require(name: str, grids: Mapping[str, Grid]) -> None:
     tensor, why = next(iter(faults.items()))
     also = f" (and {len(faults) - 1} more tensors)" if len(faults) > 1 else ""
     able = [f.name for f in FORMATS.values() if not any(f.fault(grid) for grid in grids.values())]
+    ways = [f"--format {' or '.join(able)}"] if able else []
+    if held := _held_scheme(name, grids):
+        ways.append(f"{held}, which {name} holds")
     raise UsageError(
         f"{name} cannot hold {grids[tensor]} [{grids[tensor].out_features}, {grids[tensor].in_features}]: {why}{also}.",
         tensor=tensor,
-        fix=f"use --format {' or '.join(able)}, or another scheme."
-        if able
-        else "use another scheme.",
+        fix=f"use {', or '.join(ways) or 'another scheme'}.",
         found=str(grids[tensor]),
         expected=able,
     )
+
+
+def _held_scheme(name: str, grids: Mapping[str, Grid]) -> str:
+    """Options of a scheme near the wanted ones that a format holds for all these weights; empty where there is none."""
+    wanted = next(iter(grids.values()))
+    schemes = product((8, 4, 3, 2), (32, 64, 128, -1), (True, False))
+    near = sorted(
+        schemes,
+        key=lambda s: (
+            s[2] != wanted.symmetric,
+            abs(s[0] - wanted.bits),
+            s[1] != wanted.group_size,
+        ),
+    )
+    for bits, size, symmetric in near:
+        tried = (
+            dataclasses.replace(
+                g, bits=bits, group_size=g.in_features if size < 0 else size, symmetric=symmetric
+            )
+            for g in grids.values()
+            if size < 0 or g.in_features % size == 0
+        )
+        found = [FORMATS[name].fault(g) is None for g in tried]
+        if len(found) == len(grids) and all(found):
+            return f"--bits {bits} --group-size {size} {'--sym' if symmetric else '--asym'}"
+    return ""
 
 
 # ---------------------------------------------------------------- reading
