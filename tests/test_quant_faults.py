@@ -170,7 +170,7 @@ SCHEMES = (
     (["--format", "mlx", "--group-size", "-1"], "groups are 32, 64, 128", "compressed-tensors or gptq or awq"),
     (["--format", "torch-int8", "--group-size", "32", "--bits", "8"], "(group size -1)", "compressed-tensors"),
     (["--format", "torch-int8", "--group-size", "-1"], "8 bits only", "compressed-tensors or gptq or awq"),
-    (["--format", "torch-int8", "--group-size", "32"], "8 bits only", "or --bits 8 --group-size -1 --sym, which torch-int8 holds."),
+    (["--format", "torch-int8", "--group-size", "32"], "8 bits only", "--bits 8 --group-size -1 --sym, which torch-int8"),
     (["--format", "awq", "--group-size", "32", "--bits", "3"], "4 bits only", "or --bits 4 --group-size 32 --sym"),
     (["--format", "int-quantized", "--group-size", "-1", "--bits", "8", "--asym"], "no zeros", "compressed-tensors"),
     (["--format", "gguf-q4_k"], "do not divide into blocks", "gguf-q8_0, gguf-q4_0, gguf-q4_1"),
