@@ -158,7 +158,7 @@ def choices_for(
             _require_fit(choice, format, width)
     if len(found) < 2:
         raise UsageError(
-            f"{len(found)} choice leaves nothing to allocate.", fix="give at least two."
+            f"{len(found)} to choose from, where at least two are needed.", fix="give another."
         )
     widest = max(widths)
     return tuple(sorted(found, key=lambda c: bits_of(c, widest)))

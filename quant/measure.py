@@ -105,8 +105,8 @@ def sensitivity(
 
     Returns:
         JSON-ready: ``schema``, source, format, ``choices`` (by growing size), ``anchor``, method, measure, calibration,
-        ``tokens``, ``linears`` (weight -> ``weights``, ``choices``: choice -> ``kl``, ``error``, ``measured``, ``method``),
-        ``matrix`` (``rows`` layers, ``columns`` and ``kl`` at the anchor), timing.
+        ``tokens``, ``tokens_asked``, ``linears`` (weight -> ``weights``, ``choices``: choice -> ``kl``, ``error``, ``measured``,
+        ``method``), ``matrix`` (``rows`` layers, ``columns`` and ``kl`` at the anchor), timing.
 
     Raises:
         G2Error: any subclass.
@@ -213,6 +213,7 @@ class Measurement:
             "method": o.method,
             "measure": o.measure,
             "tokens": found["tokens"],
+            "tokens_asked": o.tokens,
             "calibration": {
                 "source": calibration.source,
                 "tokens": calibration.tokens,
@@ -283,6 +284,7 @@ def require_fitting(
     missing = [str(c) for c in choices if any(str(c) not in linears[n]["choices"] for n in wanted)]
     if missing:
         raise ConflictError(
-            f"{', '.join(missing)} was not measured, only {', '.join(document['choices'])}.",
-            where=where, fix="pass --choices with what was measured, or measure again.",
+            f"not measured: {', '.join(missing)}; measured: {', '.join(document['choices'])}.",
+            where=where,
+            fix="pass --choices with what was measured, in words such as 4g128 or Q4_K, or measure again.",
         )  # fmt: skip

@@ -32,7 +32,7 @@ def sensitivity(r: Report) -> str:
     linears, choices = r["linears"], r["choices"]
     head = [
         ("model", f"{printable(r['source']['path'])}, {r['source']['parameters'] / 1e9:.2f} B parameters"),
-        ("measured", f"{r['tokens']} tokens, {r['measure']}, rounded by {r['method']}"),
+        ("measured", f"{r['tokens']} tokens{_of(r)}, {r['measure']}, rounded by {r['method']}"),
         ("shown", f"KL x 1000 with that weight alone as {r['anchor']}"),
     ]  # fmt: skip
     if "timing" in r:
@@ -49,6 +49,12 @@ def sensitivity(r: Report) -> str:
             f"most to gain per weight, from {r['anchor']}\n" + table(_worst(r)),
         ]
     )
+
+
+def _of(r: Report) -> str:
+    """What was asked for, where whole held-out sequences of no more tokens were there."""
+    asked = r["tokens_asked"]
+    return "" if r["tokens"] == asked else f" ({asked} asked for, whole held-out sequences only)"
 
 
 def _worst(r: Report) -> list[tuple[str, str]]:
