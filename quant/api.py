@@ -1,43 +1,32 @@
-"""The library calls behind g2quant: quantize, and export of kept codes. Plain data out."""
+"""The library call behind g2quant. Plain data out."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import torch
 
-from .. import __version__
-from ..convert import digest
 from ..convert.open import Checkpoint, open_checkpoint
 from ..convert.progress import Progress, Report, Silent
-from ..formats import output_paths as paths
-from ..formats.errors import UsageError, printable
+from ..formats.errors import UsageError
 from ..formats.sharded import size_of
 from ..machine import Stopwatch
-from ..model import canonical
 from ..model.config import GemmaConfig
-from ..model.config_formats import to_plain
-from . import choose, document, export, own_text, plan
+from . import plan
 from .budget import planned_bytes
-from .calibration import SELF, Calibration
-from .direct import Direct
-from .export_targets import TARGETS
-from .ggml.bridge import FORMATS_OF_CODES, BlocksOfCodes
-from .ggml.export import export_gguf
-from .ggml.seen import require_matrix_file, write_matrix
+from .calibration import SELF
+from .ggml.seen import require_matrix_file
+from .job import Job
 from .kept import Keeper
 from .known import Known, known_of, require_device
-from .pipeline import Options, Pipeline
-from .recover import recovered, require_recovery
+from .pipeline import Options
+from .recover import require_recovery
 from .scheme import Scheme
 from .sensitivity import TOKENS
 from .targeted import targeted_of, wish_of
-from .work import Work, WorkCodes, work_path
+from .work import work_path
 
 
 def quantize(
@@ -198,164 +187,13 @@ def quantize(
         nbytes = planned_bytes(goal.targets, checkpoint, dst, goal.format, **files)
         if dry_run:
             return _planned(checkpoint, goal, known, options, dst, limit, nbytes) | more
-        settings = _settings(goal, options, known, seed)
-        job = _Job(checkpoint, dst, goal, options, limit, meter, keeper, imatrix_out, more)
-        report = job.run(settings, known, seed, resume, lambda codes, notes: _write(
-            codes, checkpoint, dst, goal, notes, dtype=dtype, max_shard_size=shard,
-            tokenizer=kept, overwrite=overwrite, keeper=keeper, meter=meter,
-        ))  # fmt: skip
+        job = Job(checkpoint, dst, goal, options, limit, meter, keeper, imatrix_out, more)
+        report = job.run(known, seed, resume=resume, overwrite=overwrite, **files)
         if targeted is not None:
             targeted.finish()
     report["run"] = watch.run()
     report["timing"] = {"total": report["run"]["seconds"]}
     return report
-
-
-def _settings(goal: plan.Goal, options: Options, known: Known, seed: int) -> dict[str, str]:
-    """What decides the codes."""
-    targets = plan.plain_targets(goal)
-    out = {
-        "g2kit's version": __version__,
-        "the scheme": ", ".join(sorted(targets)),
-        "--method": options.method,
-        "--sequential": str(options.sequential),
-        "--recover": options.recover,
-        "--device": torch.device(options.device).type,
-    }
-    if goal.is_gguf:
-        out["--format"] = goal.format
-    return out | known.settings() | own_text.settings(known.text, known.wanted, seed)
-
-
-def _source_settings(checkpoint: Checkpoint, fingerprint: str, goal: plan.Goal) -> dict[str, str]:
-    """What decides the codes and follows from the source: its weights, its configuration, what each weight becomes."""
-    config = to_plain(checkpoint.config)
-    out = {"the source's weights": fingerprint} | {f"its {k}": str(v) for k, v in config.items()}
-    every = len(goal.targets) == len(canonical.linears(checkpoint.tensors))
-    if len(set(goal.targets.values())) > 1 or not every:
-        text = json.dumps({n: str(t) for n, t in goal.targets.items()}, sort_keys=True)
-        out["the weights' own schemes"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return out
-
-
-class _Job:
-    """The long part of a run."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dst: Path,
-        goal: plan.Goal,
-        options: Options,
-        limit: int,
-        meter: Progress,
-        keeper: Keeper | None = None,
-        imatrix_out: str | Path | None = None,
-        more: Report | None = None,
-    ) -> None:
-        self.checkpoint, self.dst, self.goal = checkpoint, dst, goal
-        self.options, self.limit, self.meter = options, limit, meter
-        self.keeper, self.imatrix_out, self.more = keeper, imatrix_out, more or {}
-
-    def run(
-        self,
-        settings: dict[str, str],
-        known: Known,
-        seed: int,
-        resume: bool,
-        write: Any,
-    ) -> Report:
-        source = self.checkpoint
-        self.meter.start(sum(t.nbytes for t in source.tensors.values()), "reading")
-        fingerprint = digest.root(digest.digests(source, self.meter, finite=True))
-        settings = settings | _source_settings(source, fingerprint, self.goal)
-        known.require_source(fingerprint, source.path)
-        if self.keeper is not None:
-            self.keeper.begin(settings)
-        with Work(work_path(self.dst), settings, resume=resume) as work:
-            found = known.text if known.direct else work.calibration()
-            if found is None:
-                found = known.text or own_text.written(
-                    source, known.wanted, seed, self.limit, self.meter, self.options.device
-                )
-                work.keep_calibration(found)
-            todo = sum(
-                4 * source.tensors[n].shape[0] * source.tensors[n].shape[1]
-                for n in self.goal.targets
-                if int(n.split(".")[2]) not in work.layers
-            )
-            job: Direct | Pipeline
-            if known.direct:
-                job = Direct(source, self.goal.targets, work, known.importance, self.options.device)
-            else:
-                job = Pipeline(source, self.goal.targets, found, work, self.options)
-            todo += job.tuning_bytes if work.tuned is None else 0
-            self.meter.start(todo, "quantizing")
-            report = job.run(self.meter)
-            source.source.check_unchanged()
-            notes = choose.summary(report["linears"])
-            codes = WorkCodes(work, self.goal.targets, fingerprint, source.config.num_hidden_layers)
-            told = known.described(found)
-            written = write(codes, [*told, *self.options.described(), *notes, *recovered(report)])
-            if self.imatrix_out is not None:
-                write_matrix(self.imatrix_out, work, found, source.config)
-            resumed = work.resumed
-            work.remove()
-        return self._report(report, written, known.whole(found), fingerprint, resumed, notes)
-
-    def _report(
-        self, found: dict[str, Any], written: Report, calibration: Calibration, fingerprint: str,
-        resumed: int, fallbacks: list[str],
-    ) -> Report:  # fmt: skip
-        config = self.checkpoint.config
-        done = {
-            "source": {
-                "path": str(self.checkpoint.path),
-                "fingerprint": fingerprint,
-                "layout": self.checkpoint.layout.variant.name,
-                "config": to_plain(config),
-                "parameters": config.num_parameters,
-            },
-            "output": written,
-            "format": self.goal.format,
-            "targets": plan.plain_targets(self.goal),
-            "bits_per_weight": self.goal.bits_per_weight(self.checkpoint),
-            "method": self.options.method,
-            "sequential": self.options.sequential,
-            "recover": self.options.recover,
-            "calibration": {
-                "source": calibration.source,
-                "sequences": len(calibration.train),
-                "tokens": calibration.tokens,
-                "held_out_sequences": len(calibration.held),
-                "held_out_tokens": calibration.held_tokens,
-                "sha256": calibration.sha256,
-            },
-            **found,
-            **self.more,
-            "fallbacks": fallbacks,
-            "resumed_blocks": resumed,
-            "notes": written.get("notes", []),
-        }
-        return document.complete(done, self.checkpoint, self.goal)
-
-
-def _write(
-    codes: WorkCodes, checkpoint: Checkpoint, dst: Path, goal: plan.Goal, notes: list[str], *,
-    dtype: str, max_shard_size: int | None, tokenizer: str | None, overwrite: bool,
-    keeper: Keeper | None, meter: Progress,
-) -> Report:  # fmt: skip
-    if goal.is_gguf:
-        return export_gguf(
-            codes, checkpoint, dst, goal.format, dtype=dtype, tokenizer=tokenizer,
-            overwrite=overwrite, notes=notes, progress=meter,
-        )  # fmt: skip
-    if keeper is not None:
-        keeper.write(codes, codes.source_fingerprint)
-    return export.export(
-        codes, checkpoint, dst, goal.format, dtype=dtype, max_shard_size=max_shard_size,
-        tokenizer=tokenizer, overwrite=overwrite, notes=notes, progress=meter,
-    )  # fmt: skip
 
 
 def _planned(
@@ -388,78 +226,3 @@ def _planned(
         "resources": plan.needs(checkpoint, goal, known, options, dst, limit, nbytes),
         "warnings": [str(w) for w in checkpoint.reading.warnings],
     }
-
-
-def export_codes(
-    codes: str | Path,
-    src: str | Path,
-    dst: str | Path,
-    *,
-    format: str = "compressed-tensors",
-    config: str | Path | GemmaConfig | None = None,
-    dtype: str = "keep",
-    tokenizer: str | Path | None = None,
-    max_shard_size: int | str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Report:
-    """Write kept codes, or those of a quantized checkpoint, in another format; nothing is rounded again.
-
-    Args:
-        codes: directory that ``keep_codes`` made, or a checkpoint of a uniform format.
-        src: the checkpoint that was quantized, for everything else; the same as ``codes`` for a quantized checkpoint.
-        dst: directory to make.
-        format: one of :data:`.export_targets.TARGETS`, or ``gguf-q4_0``, ``gguf-q4_1`` or ``gguf-q8_0``, whose blocks are
-            groups of 32.
-        config: as :func:`quantize`.
-        dtype: as :func:`quantize`.
-        tokenizer: as :func:`quantize`.
-        max_shard_size: as :func:`quantize`.
-        overwrite: replace ``dst`` once the new copy is complete.
-        progress: told of phases and bytes.
-
-    Raises:
-        G2Error: any subclass; ``dst`` is untouched.
-    """
-    from .codes_file import NAME, CodesFile
-    from .rows import CheckpointCodes
-
-    if Path(src) == Path(codes) and (Path(codes) / NAME).is_file():
-        raise UsageError(
-            "these are codes without the rest of the model.", where=Path(codes),
-            fix="pass the checkpoint that was quantized with --source.",
-        )  # fmt: skip
-    shard = size_of("max_shard_size", max_shard_size)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "max_shard_size": shard,
-        "tokenizer": None if tokenizer is None else str(tokenizer),
-        "overwrite": overwrite,
-        "progress": progress,
-    }
-    read = plan.named_files(codes, config)
-    paths.check_apart([paths.normalise(Path(dst))], read)
-    with open_checkpoint(src, config=config) as checkpoint:
-        if (Path(codes) / NAME).is_file():
-            with CodesFile(codes) as kept:
-                kept.check()
-                return _export(kept, checkpoint, dst, format, Path(codes), options)
-        with open_checkpoint(codes, config=checkpoint.config) as quantized:
-            found: Mapping[str, Any] = CheckpointCodes(quantized)
-            return _export(found, checkpoint, dst, format, Path(codes), options)
-
-
-def _export(
-    codes: Any, checkpoint: Checkpoint, dst: str | Path, format: str, where: Path, options: dict[str, Any]
-) -> Report:  # fmt: skip
-    if not format.startswith(plan.GGUF):
-        return export.export(codes, checkpoint, dst, format, **options)
-    if format not in FORMATS_OF_CODES:
-        raise UsageError(
-            f"{printable(format, 60)} is no format for codes that are there already.",
-            fix=f"use one of {', '.join((*TARGETS, *FORMATS_OF_CODES))}, or quantize into it.",
-        )
-    if options.pop("max_shard_size") is not None:
-        raise UsageError("a GGUF is one file.", fix="leave out --max-shard-size.")
-    blocks = BlocksOfCodes(codes, format, where)
-    return export_gguf(blocks, checkpoint, dst, format, **options)

@@ -133,14 +133,16 @@ def quantize(src: Path, dst: Path, as_json: bool, quiet: bool, dry_run: bool, **
         _refuse_without_target()
         if given["format"].startswith("gguf-"):
             _refuse_given(given["format"])
-    api = _library()
+    cli_inputs.require_torch()
+    from .api import quantize as run
+
     paths = {name: given.pop(name) for name in cli_report.RENDERERS}
     if dry_run and any(paths.values()):
         raise UsageError("--dry-run makes no report.", fix="leave out --report, --html and --card.")
     inputs = (src, dst, _work(dst), *cli_inputs.named(given))
     outputs = Outputs(paths, inputs, {"imatrix-out": given["imatrix_out"]})
     with outputs as out, Meter(quiet=quiet or as_json) as meter, _resumable(dst):
-        report = api.quantize(src, dst, dry_run=dry_run, progress=meter, **given)
+        report = run(src, dst, dry_run=dry_run, progress=meter, **given)
         meter.stop()
         if not dry_run:
             report["run"]["command"] = shlex.join(["g2quant", *sys.argv[1:]])
@@ -168,9 +170,11 @@ def export(
     codes: Path, dst: Path, source: Path | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Write CODES (a --keep-codes directory, or a quantized checkpoint) as DST in another format."""
-    api = _library()
+    cli_inputs.require_torch()
+    from .export_codes import export_codes
+
     with Meter(quiet=quiet or as_json) as meter:
-        report = api.export_codes(codes, source or codes, dst, progress=meter, **options)
+        report = export_codes(codes, source or codes, dst, progress=meter, **options)
     _print(report, show.exported, dst, as_json, quiet, written=True)
     warn(show.warnings(report), quiet or as_json)
 
@@ -247,7 +251,7 @@ def _refuse_without_target() -> None:
 @commands.quiet()
 def sensitivity(src: Path, output: Path | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Measure what rounding each linear weight of SRC alone costs: KL of the original against the model with it."""
-    _library()
+    cli_inputs.require_torch()
     from . import show_layers
     from .measure import measure_path
     from .measure import sensitivity as measured
@@ -262,14 +266,6 @@ def sensitivity(src: Path, output: Path | None, as_json: bool, quiet: bool, **gi
     with reporting(*out.paths.values()):
         if as_json or not quiet:
             print_report(report, show_layers.sensitivity, as_json=as_json)
-
-
-def _library() -> Any:
-    """The module that needs torch."""
-    cli_inputs.require_torch()
-    from . import api
-
-    return api
 
 
 def _work(dst: Path) -> Path:

@@ -57,7 +57,7 @@ def result(r: Report) -> str:
     out, took = r["output"], (r.get("run") or {}).get("seconds")
     methods = Counter(x["method"] for x in r["linears"].values())
     rows = [
-        ("written", f"{printable(out['path'])}, {r['format']}, {size(out['bytes'])}"),
+        ("written", f"{printable(out['path'])}, {r['format']}, {size(out['bytes'])}{_files(r)}"),
         ("weights", f"{_targets(r)}; {r['bits_per_weight']:.3f} bits per weight"),
         ("methods", ", ".join(f"{n} x {printable(m)}" for m, n in methods.items())),
         ("calibration", _calibration(r["calibration"])),
@@ -72,6 +72,13 @@ def result(r: Report) -> str:
     if r.get("resumed_blocks"):
         rows.append(("continued", f"{r['resumed_blocks']} blocks were done"))
     return table([(name, value) for name, value in rows if value is not None]) + _allocation(r)
+
+
+def _files(r: Report) -> str:
+    """How much of it is weights, where other files count."""
+    weights = r["size"].get("weights_after")
+    whole = r["output"]["bytes"]
+    return f" ({size(weights)} of it weights)" if weights and size(weights) != size(whole) else ""
 
 
 def _allocation(r: Report) -> str:

@@ -27,8 +27,8 @@ from g2kit.model import canonical
 from g2kit.model.sample import sample_dir
 from g2kit.outputs import _claim
 from g2kit.quant import quantize
-from g2kit.quant.api import export_codes
 from g2kit.quant.cli import g2quant
+from g2kit.quant.export_codes import export_codes
 from g2kit.quant.gather import gather_moments
 from g2kit.quant.measure import sensitivity
 from g2kit.quant.plan import require_destination
