@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from recording_case import LogitsOnly
 
+from g2kit.formats.errors import MissingTensorError
 from g2kit.model.sample import sample_dir
 from g2kit.verify.cli import g2verify
 from g2kit.verify.compare import record_model
+from g2kit.verify.recording import compare_recording, open_recording
 from g2kit.verify.runners import open_runner
 from g2kit.verify.side import Side
 
@@ -109,18 +111,16 @@ def test_logits_beyond_the_context_are_noted(tmp_path: Path, capsys: Any) -> Non
 def test_a_runner_that_keeps_its_embedding_to_itself(
     recorded: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """A candidate there is; but its runner, here in the place of llama.cpp's, shows logits only."""
+    """Its runner, here in the place of llama.cpp's, shows logits only: the checkpoint has the embedding."""
 
     def keeping(side: Side, engine: Any) -> LogitsOnly:
         return LogitsOnly(open_runner("torch", side.opened))
 
     monkeypatch.setattr(Side, "open_runner", keeping)
-    status, out, err = run("compare", recorded, SAMPLE, capsys=capsys)
-    assert (status, out) == (3, "")
-    said, _, fix = err.partition("Fix: ")
-    assert (
-        "not carry its embedding, and the llama_cpp runner does not give the candidate's." in said
-    )
-    assert fix.startswith("give the recorded checkpoint with --reference-embedding MODEL, or")
-    args = ("compare", recorded, SAMPLE, "--reference-embedding", SAMPLE)
-    assert run(*args, capsys=capsys)[0] in (0, 6)
+    assert run("compare", recorded, SAMPLE, capsys=capsys)[0] in (0, 6)
+    with LogitsOnly(open_runner("torch", SAMPLE)) as runner, open_recording(recorded) as recording:
+        absent = "not carry its embedding, and the llama_cpp runner does not give the candidate's."
+        with pytest.raises(MissingTensorError, match=absent) as e:
+            compare_recording(recording, runner)
+    assert e.value.fix is not None
+    assert e.value.fix.startswith("give the recorded checkpoint with --reference-embedding MODEL")

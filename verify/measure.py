@@ -132,10 +132,10 @@ class _Run:
             )  # fmt: skip
         if self.ref.recording is not None:
             with self.cand.open_runner(self.engine) as runner:
-                kind["reference_embedding"] = o.reference_embedding
                 return compare_recording(
-                    self.ref.recording, runner, device=_place(self.engine), **kind
-                )
+                    self.ref.recording, runner, reference_embedding=o.reference_embedding,
+                    candidate_checkpoint=self.cand.checkpoint, device=_place(self.engine), **kind,
+                )  # fmt: skip
         with (
             self.ref.open_runner(o.reference) as one,
             self.cand.open_runner(self.engine) as two,
