@@ -258,6 +258,7 @@ def test_runs_that_cannot_be_held_against_each_other_are_named() -> None:
 def test_names_tell_runs_apart() -> None:
     tuned = run() | {"recover": "scales"}
     assert names_of([run(), tuned]) == ["int4 g128 sym gptq", "int4 g128 sym gptq tuned scales"]
+    assert len(set(names_of([run(), run()]))) == 2  # the same run twice is still two columns
     assert names_of([run(), mixed()]) == ["compressed-tensors int4 g128 sym", "gguf-q4_k_m"]
 
 

@@ -74,7 +74,8 @@ def names_of(documents: Sequence[Document]) -> list[str]:
         if distinct(names):
             break
         names = [f"{n} {add(d)}".strip() for n, d in zip(names, documents, strict=True)]
-    return [clip(n, 60) for n in names]
+    names = [clip(n, 60) for n in names]
+    return names if distinct(names) else [f"{n} ({i})" for i, n in enumerate(names, 1)]
 
 
 # ---------------------------------------------------------------- head
