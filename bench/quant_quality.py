@@ -3,11 +3,12 @@
     python bench/quant_quality.py                    # every table; about ten minutes on two slow cores
     python bench/quant_quality.py --quick            # a little of everything, figures too noisy to quote
     python bench/quant_quality.py --schemes 4g128,3g128,Q4_K --recover
+    python bench/quant_quality.py --tables uniform --llm-compressor ~/venv/bin/python
 
 Peers run in the same process on the same calibration tokens: rounding to nearest, GPTQ written from the paper
-(textbook_gptq.py), llama.cpp's own encoders with an importance matrix. llm-compressor is not among them. g2quant is
-measured through its files: quantized by the library call, opened again, dequantized. Linear layers only; the
-embedding is the original's everywhere. Logits are float32, sums float64.
+(textbook_gptq.py), llama.cpp's own encoders with an importance matrix; llm-compressor in an environment of its own, where
+one is named. g2quant is measured through its files: quantized by the library call, opened again, dequantized. Linear
+layers only; the embedding is the original's everywhere. Logits are float32, sums float64.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import llm_compressor
 import numpy as np
 import textbook_gptq as textbook
 import torch
@@ -150,6 +152,14 @@ class Sample:
         done = textbook.quantize(self.weights, self.config, self.ids, rounder, propagate=propagate)
         return self.measure(done)
 
+    def llm_compressor(self, python: str, scheme: Scheme) -> Quality:
+        """What llm-compressor of that environment makes of it, read back from its files."""
+        how = (scheme.bits, scheme.group_size, scheme.symmetric)
+        with tempfile.TemporaryDirectory() as d:
+            out = llm_compressor.quantized(python, sample_dir(), self.ids.numpy(), Path(d), *how)
+            with open_checkpoint(out, config=self.config) as back:
+                return self.measure(_floats(back))
+
     def ours(self, ids: Tensor | None = None, **options: Any) -> tuple[Quality, dict[str, Any]]:
         """A model quantized by g2quant, read back from its files, and the report."""
         ids = self.ids if ids is None else ids
@@ -174,10 +184,12 @@ def _ratio(found: tuple[float, float, float]) -> str:
 
 
 def uniform(
-    sample: Sample, names: Iterable[str], recover: bool, verdict: Verdict, points: Points
-) -> None:
+    sample: Sample, names: Iterable[str], recover: bool, verdict: Verdict, points: Points,
+    other: str | None,
+) -> None:  # fmt: skip
     """The first table."""
-    more = ("recovered", "/ textbook", "goal") if recover else ()
+    more: tuple[str, ...] = ("llm-compressor GPTQ",) if other else ()
+    more += ("recovered", "/ textbook", "goal") if recover else ()
     table = Table(
         "Uniform schemes, KL x 1000", "scheme", "bits per weight", "RTN", "textbook GPTQ", "g2quant",
         "/ textbook (95 %)", "goal", *more, "same first choice: textbook, g2quant",
@@ -198,6 +210,8 @@ def uniform(
         cells: list[object] = [
             s, report["bits_per_weight"], plain.mean, paper.mean, ours.mean, _ratio(ratio), row.goal
         ]  # fmt: skip
+        if other:
+            cells.append(sample.llm_compressor(other, s).mean)
         if recover:
             tuned, _ = sample.ours(**options, recover="scales")
             gain = tuned.over(paper)
@@ -301,6 +315,9 @@ def main() -> None:
     parser.add_argument("--tables", default=",".join(TABLES), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="few tokens and two schemes")
     parser.add_argument("--recover", action="store_true", help="also with recover='scales'")
+    parser.add_argument(
+        "--llm-compressor", metavar="PYTHON", help="an interpreter that has llm-compressor"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     names = args.schemes.split(",") if args.schemes else ["4g128", "Q4_K"] if args.quick else every
@@ -313,11 +330,19 @@ def main() -> None:
     began = time.monotonic()
     count, length, judged = (18, 128, 8) if args.quick else (72, 256, 64)
     with open_checkpoint(sample_dir()) as checkpoint:
-        run(Sample(checkpoint, count, length, judged), names, args.recover, tables)
+        run(
+            Sample(checkpoint, count, length, judged),
+            names,
+            args.recover,
+            tables,
+            args.llm_compressor,
+        )
     print(f"\n{time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
-def run(sample: Sample, names: list[str], recover: bool, tables: list[str]) -> None:
+def run(
+    sample: Sample, names: list[str], recover: bool, tables: list[str], other: str | None
+) -> None:
     """All that was asked for."""
     quality = sample.measure(sample.weights)
     print(
@@ -327,7 +352,7 @@ def run(sample: Sample, names: list[str], recover: bool, tables: list[str]) -> N
     encode, verdict, points = encoder(), Verdict(), Points()
     missing(encode)
     if "uniform" in tables and (chosen := [n for n in names if n in UNIFORM]):
-        uniform(sample, chosen, recover, verdict, points)
+        uniform(sample, chosen, recover, verdict, points, other)
     if "blocks" in tables and encode is not None and (chosen := [n for n in names if n in GGML]):
         blocks(sample, chosen, encode, recover, verdict, points)
     if "own" in tables and (chosen := [n for n in SELF if n in names]):
