@@ -72,7 +72,11 @@ GGML = {
 }  # fmt: skip
 SELF = ("4g128", "3g128")
 TABLES = ("uniform", "blocks", "own", "target")
-TARGETS = {"compressed-tensors": (3.5, 3.8, 4.125, 4.5), "gguf": (4.0, 4.5, 5.0)}
+TARGETS = (  # format, symmetric, bits per weight
+    ("compressed-tensors", True, (3.5, 3.8, 4.125, 4.5)),
+    ("compressed-tensors", False, (4.5,)),
+    ("gguf", True, (4.0, 4.5, 5.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,8 @@ def allocated(sample: Sample, verdict: Verdict, points: Points) -> None:
         "Schemes allocated to a size, KL x 1000", "format", "bits per weight", "expected", "found",
         "uniform, interpolated", "/ uniform", "goal",
     )  # fmt: skip
-    for format, targets in TARGETS.items():
+    for format, symmetric, targets in TARGETS:
+        label = format if symmetric else f"{format}, asymmetric"
         low, high = points.span(format)
         wanted = [t for t in targets if low <= t <= high]
         if not wanted:
@@ -285,16 +290,18 @@ def allocated(sample: Sample, verdict: Verdict, points: Points) -> None:
             ids, count = sample.ids.numpy(), len(sample.ids)
             found = sensitivity(
                 sample_dir(), format=format, calibration=ids, samples=count - count // 9,
-                held_out=1 / 8, tokens=2048,
+                held_out=1 / 8, tokens=2048, symmetric=symmetric,
             )  # fmt: skip
             file.write_text(json.dumps(found))
             for bits in wanted:
-                ours, report = sample.ours(format=format, target_bpw=bits, sensitivity=file)
+                ours, report = sample.ours(
+                    format=format, symmetric=symmetric, target_bpw=bits, sensitivity=file
+                )
                 size = report["bits_per_weight"]
                 plain = points.at(format, size)
-                verdict.check(f"{format} at {bits} bits, against uniform", ours.mean / plain, 1.0)
+                verdict.check(f"{label} at {bits} bits, against uniform", ours.mean / plain, 1.0)
                 expected = 1000 * report["allocation"]["predicted_kl"]
-                table.row(format, size, expected, ours.mean, plain, ours.mean / plain, 1.0)
+                table.row(label, size, expected, ours.mean, plain, ours.mean / plain, 1.0)
 
 
 def missing(encode: Encode | None) -> None:
