@@ -95,7 +95,7 @@ def test_a_vocabulary_rebuilt_from_gguf_is_the_same_tokenizer(good: Path, tmp_pa
 
 def test_recordings_of_the_first_version_are_read(good: Path, tmp_path: Path) -> None:
     old = first_version(good, tmp_path / "old")
-    document = compare(old, sample_dir(), profile="smoke")
+    document = compare(old, sample_dir())
     claims = {c["id"]: c["verdict"] for c in document["claims"]}
     assert claims["C0"] == "PASS"
     assert any("the reference carries no tokenizer" in text for text in document["not_verified"])
