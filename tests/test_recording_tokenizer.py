@@ -59,7 +59,7 @@ def test_the_tokenizer_travels(good: Path) -> None:
 def test_another_vocabulary_is_an_error_that_names_the_pieces(good: Path, tmp_path: Path) -> None:
     m = parse(MODEL)
     i, j = [k for k, t in enumerate(m.types) if t is PieceType.NORMAL][100:102]
-    document = compare(good, with_tokenizer(tmp_path / "m", swapped(i, j)), profile="smoke")
+    document = compare(good, with_tokenizer(tmp_path / "m", swapped(i, j)))
     assert document["verdict"] == "ERROR"
     named = {d["field"]: d["kind"] for d in document["differences"] if d["kind"] == SIZE}
     assert named == {f"tokenizer.pieces[{i}]": SIZE, f"tokenizer.pieces[{j}]": SIZE}
