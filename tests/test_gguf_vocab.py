@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -391,7 +390,7 @@ def test_odd_vocabularies_never_crash(rows: list[tuple[str, float, int]], ids: l
     sentencepiece.SentencePieceProcessor(model_proto=model).encode("ab\n a<bos> é")
 
 
-def test_a_full_size_vocabulary_takes_seconds() -> None:
+def test_a_full_size_vocabulary() -> None:
     size = 256_000
     pieces = list(PARSED.pieces[:280]) + [f"p{i}" for i in range(size - 280)]
     scores = list(PARSED.scores[:280]) + [-float(i) for i in range(size - 280)]
@@ -400,8 +399,6 @@ def test_a_full_size_vocabulary_takes_seconds() -> None:
         tuple(pieces), tuple(scores), tuple(types), 2, True,
         add_dummy_prefix=False, remove_extra_whitespaces=False, names=PARSED.names,
     )  # fmt: skip
-    start = time.perf_counter()
     kv = values(gguf_vocab(serialize(model), size, None, "gemma2"))
     rebuilt = sentencepiece_from_gguf(kv)
-    assert time.perf_counter() - start < 20
     assert parse(rebuilt) == model

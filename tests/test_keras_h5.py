@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -488,14 +489,12 @@ def test_bombs(hand_made):
         d = f.create_dataset(A, (1 << 40,), "f4", chunks=(1 << 10,), compression="gzip")
         d[:10] = 1
 
-    start = time.monotonic()
     refused(LimitError, "said to be packed into", lambda: hand_made(declared), tensor=A)
 
     def one_chunk(f):
         f.create_dataset(A, (1 << 29, 2), "f4", chunks=(1 << 28, 2), compression="gzip")
 
     refused(LimitError, "said to be packed into", lambda: hand_made(one_chunk), tensor=A)
-    assert time.monotonic() - start < 10
 
 
 def test_many_objects(hand_made, process, monkeypatch, tmp_path):
@@ -771,9 +770,8 @@ def test_fuzz(process, tmp_path, libver, options):
     path = tmp_path / "x.weights.h5"
     rng = random.Random(libver + str(options))
     outcomes = {"read": 0}  # or error code -> how often, with a message of one line
-    for n in range(FUZZ):
+    for _ in range(FUZZ):
         path.write_bytes(mutate(data, rng))
-        before = time.monotonic()
         try:
             source = keras_h5.open_source(path, process=process)
             for tensor in source.tensors.values():
@@ -783,7 +781,6 @@ def test_fuzz(process, tmp_path, libver, options):
             outcomes["read"] += 1
         except G2Error as e:
             outcomes[e.code] = outcomes.get(e.code, 0) + str(e).isprintable()
-        assert time.monotonic() - before < 60, n
     assert outcomes["read"] > FUZZ // 20
     assert outcomes["E_FORMAT"] > FUZZ // 20
     assert sum(outcomes.values()) == FUZZ
@@ -928,9 +925,12 @@ def test_plan_is_deterministic():
 
 def test_plan_of_a_large_model_costs_its_headers():
     slots = [Slot(f"layers/l{n}/vars/0", BF16, (1 << 20, 1 << 10)) for n in range(24)]
-    before = time.monotonic()
-    plan = keras_h5.plan(slots)
-    assert time.monotonic() - before < 5
+    tracemalloc.start()
+    try:
+        plan = keras_h5.plan(slots)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
     assert plan.nbytes > 51_000_000_000
     assert sum(len(data) for _, data in plan.files[0].fixed) < 100_000
     offsets = [plan.chunks[s.name][0].offset for s in slots]
