@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from sizes import PRESETS
-from sources import make_source
+from sources import make_source, random_ids
 
 ROWS = (
     ("jax", "cpu", "float32"),
@@ -55,17 +55,6 @@ def row(recording: Path, model: Path, runner: str, device: str, dtype: str) -> s
     )
 
 
-def random_ids(work: Path, length: int) -> Path:
-    """A file of ids of a small part of any vocabulary, BOS first."""
-    import numpy as np
-
-    file = work / "ids.npy"
-    ids = np.random.default_rng(1).integers(3, 2000, length)
-    ids[0] = 2
-    np.save(file, ids)
-    return file
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -91,7 +80,7 @@ def main() -> None:
         recording = Path(work) / "recording"
         what = ["--profile", args.profile]
         if args.length:
-            what = ["--tokens", str(random_ids(Path(work), args.length))]
+            what = ["--tokens", str(random_ids(Path(work) / "ids.npy", args.length))]
         made = g2verify("record", str(model), str(recording), "--config", str(model), *what)
         if made.returncode:
             sys.exit(made.stderr)

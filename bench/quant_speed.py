@@ -25,6 +25,7 @@ from synthetic import checkpoint
 from textbook_gptq import gptq as textbook
 
 from g2kit.convert import digest
+from g2kit.convert.progress import SILENT
 from g2kit.machine import peak_rss
 from g2kit.quant import export, hessian, judge, pipeline, plan, work
 from g2kit.quant.calibration import Calibration, Wanted
@@ -91,11 +92,11 @@ def blocks(size: str, layers: int, count: int, length: int, method: str) -> None
         place = Path(there)
         with work.Work(place / "work", {}) as kept:
             done = pipeline.Pipeline(model, goal.targets, found, kept, options)
-            done.run(lambda nbytes, name: None)
+            done.run(SILENT)
             quantizing = peak_rss()
             print(f"quantized, peak {quantizing:.0f} MiB", flush=True)
             began = time.perf_counter()
-            fingerprint = digest.root(digest.digests(model, lambda n, name: None))
+            fingerprint = digest.root(digest.digests(model, SILENT))
             reading = time.perf_counter() - began
             codes = work.WorkCodes(kept, goal.targets, fingerprint, layers)
             began = time.perf_counter()

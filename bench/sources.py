@@ -34,6 +34,16 @@ def _write(size: str, path: Path, layers: int | None, framework: str) -> None:
     )
 
 
+def random_ids(file: Path, length: int) -> Path:
+    """A file of ids of a small part of any vocabulary, BOS first."""
+    import numpy as np
+
+    ids = np.random.default_rng(1).integers(3, 2000, length)
+    ids[0] = 2
+    np.save(file, ids)
+    return file
+
+
 def in_child(target: Callable[..., None], *args: Any) -> None:
     """Call in a process of its own; ends this one where it fails."""
     child = multiprocessing.get_context("spawn").Process(target=target, args=args)

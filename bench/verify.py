@@ -19,7 +19,7 @@ from pathlib import Path
 
 from measure import idle, run
 from sizes import PRESETS
-from sources import make_source
+from sources import make_source, random_ids
 
 # load, warm up, then time; prints the seconds of each prefill
 OURS = """
@@ -76,10 +76,7 @@ def prefill(path: Path, length: int, rounds: int, threads: int) -> None:
 
 def memory(reference: Path, candidate: Path, tokens: int) -> None:
     """One comparison of two checkpoints through the command line."""
-    import numpy as np
-
-    ids = reference.parent / "tokens.npy"
-    np.save(ids, np.random.default_rng(1).integers(3, 2000, (1, tokens)))
+    ids = random_ids(reference.parent / "tokens.npy", tokens)
     g2verify = str(Path(sys.executable).with_name("g2verify"))
     base = idle()
     for command in ("compare", "weights"):

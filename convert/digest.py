@@ -21,15 +21,11 @@ from ..formats.fingerprint import fingerprint as fingerprint_of
 from ..formats.manifest import TensorEntry
 from ..model import canonical
 from .open import Checkpoint, LazyTensor
+from .progress import SILENT, Tick
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, str], None]  # bytes just done, tensor name
 T = TypeVar("T")
 WORKERS = 2
-
-
-def no_progress(nbytes: int, name: str) -> None:
-    """Show nothing."""
 
 
 def run_all(
@@ -89,9 +85,7 @@ def meanwhile(work: Callable[[], None]) -> Future[None]:
     return _lane.hasher.submit(work)
 
 
-def digest(
-    tensor: LazyTensor, progress: Progress = no_progress, *, finite: bool = False
-) -> TensorEntry:
+def digest(tensor: LazyTensor, progress: Tick = SILENT, *, finite: bool = False) -> TensorEntry:
     """Hash one tensor's canonical bytes.
 
     Args:
@@ -131,7 +125,7 @@ def is_zero(record: TensorEntry) -> bool:
 
 def digests(
     checkpoint: Checkpoint,
-    progress: Progress = no_progress,
+    progress: Tick = SILENT,
     workers: int = WORKERS,
     *,
     finite: bool = False,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 Report = dict[str, Any]
+Tick = Callable[[int, str], None]  # so many more bytes (or tokens) are done, of what
 
 
 class Progress(Protocol):
     """What a caller may pass to watch long work; :class:`g2kit.terminal.Meter` is one."""
 
-    def start(self, total: int, what: str) -> None:
-        """A phase of ``total`` bytes begins."""
+    def start(self, total: int, what: str, unit: str = "B") -> None:
+        """A phase of ``total`` bytes, or another unit, begins."""
 
-    def __call__(self, nbytes: int, name: str) -> None:
-        """``nbytes`` more are done, of tensor ``name``."""
+    def __call__(self, count: int, name: str, /) -> None:
+        """``count`` more are done, of tensor or place ``name``."""
 
 
 class Silent:
@@ -23,5 +25,8 @@ class Silent:
     def start(self, total: int, what: str, unit: str = "B") -> None:
         """Nothing."""
 
-    def __call__(self, nbytes: int, name: str) -> None:
+    def __call__(self, count: int, name: str, /) -> None:
         """Nothing."""
+
+
+SILENT = Silent()

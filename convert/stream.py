@@ -25,18 +25,17 @@ from ..formats.manifest import TensorEntry
 from .bits import bits
 from .digest import (
     WORKERS,
-    Progress,
     count_nonfinite,
     digest,
     entry,
     is_zero,
     meanwhile,
-    no_progress,
     read_ahead,
     run_all,
 )
 from .open import narrows
 from .plan import Task
+from .progress import SILENT, Tick
 
 Array = npt.NDArray[Any]
 ALONE = 256 << 20  # bytes
@@ -97,7 +96,7 @@ class TaskRecord:
             ) from None
 
 
-def run_task(task: Task, write: Write, progress: Progress = no_progress) -> TaskRecord:
+def run_task(task: Task, write: Write, progress: Tick = SILENT) -> TaskRecord:
     """Move one tensor.
 
     Raises:
@@ -214,7 +213,7 @@ def run_tasks(
     write: Write,
     complete: Callable[[str, dict[str, Any]], None],
     done: Mapping[str, Mapping[str, Any]],
-    progress: Progress = no_progress,
+    progress: Tick = SILENT,
     workers: int = WORKERS,
 ) -> dict[str, TaskRecord]:
     """Run every task that is not done yet, in order, on ``workers`` threads.

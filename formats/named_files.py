@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import numpy.typing as npt
 from .errors import FileIOError, FormatError, LimitError
 
 MAX_BYTES = 256 << 20
+
+
+def existing(*given: object) -> tuple[Path, ...]:
+    """What of the values of options is a file or directory to read: a preset's name or ids in memory are none."""
+    named = (Path(x) for x in given if isinstance(x, str | Path))
+    return tuple(p for p in named if os.path.exists(p))  # noqa: PTH110 - False for any odd name
 
 
 def read_text(path: Path, *, fix: str | None = None) -> str:

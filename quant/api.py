@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..convert.open import Checkpoint, open_checkpoint
 from ..convert.progress import Progress, Report, Silent
 from ..formats.errors import UsageError
+from ..formats.named_files import existing
 from ..formats.sharded import size_of
 from ..machine import Stopwatch
 from ..model.config import GemmaConfig
@@ -152,9 +153,9 @@ def quantize(
         )
         if keep_codes is not None and goal.is_gguf:
             raise UsageError("GGUF blocks are not kept as codes.", fix="leave out --keep-codes.")
-        read = plan.named_files(calibration, imatrix, sensitivity, config, *moments)
+        read = existing(calibration, imatrix, sensitivity, config, *moments)
         plan.require_destination(dst, goal.format, checkpoint, overwrite=overwrite, inputs=read)
-        apart = [*plan.sources_of(checkpoint), *read, *plan.named_files(kept), dst, work_path(dst)]
+        apart = [*plan.sources_of(checkpoint), *read, *existing(kept), dst, work_path(dst)]
         keeper = None
         if keep_codes is not None:
             keeper = Keeper(keep_codes, dst, checkpoint, overwrite=overwrite, inputs=read)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..commands import (
     together,
 )
 from ..formats.errors import DependencyError
+from ..formats.named_files import existing
 from ..terminal import Meter, reporting
 from . import options, show
 
@@ -60,10 +60,9 @@ machine = together(
 def named(given: Mapping[str, Any]) -> tuple[Path, ...]:
     """What options name to be read: no report may replace it. A preset's name or ``self`` is no file."""
     options = ("calibration", "config", "imatrix", "sensitivity", "tokenizer")
-    files = [Path(given[n]) for n in options if given.get(n)]
     codes = given.get("keep_codes")
     return (
-        *(f for f in files if os.path.exists(f)),  # noqa: PTH110 - False for any odd name
+        *existing(*(given.get(n) for n in options)),
         *given.get("moments", ()),
         *([codes] if codes else ()),
     )

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..convert.open import Checkpoint
+from ..convert.progress import Tick
 from . import ggml
 from . import gptq as rounding
 from .calibration import Calibration
 from .choose import Rounded, Target, clipped
 from .ggml import imatrix
-from .pipeline import Meter
 from .weights import read
 from .work import Work
 
@@ -72,7 +72,7 @@ class Direct:
         self._importance, self._device = importance, torch.device(device)
 
     @torch.no_grad()
-    def run(self, meter: Meter) -> dict[str, Any]:
+    def run(self, meter: Tick) -> dict[str, Any]:
         """Do what is not done yet; the report's parts as of a calibrated run, without quality.
 
         Raises:

@@ -10,6 +10,7 @@ from ..convert.open import Checkpoint, open_checkpoint
 from ..convert.progress import Progress, Report
 from ..formats import output_paths as paths
 from ..formats.errors import UsageError, printable
+from ..formats.named_files import existing
 from ..formats.sharded import size_of
 from ..model.config import GemmaConfig
 from . import export, plan
@@ -64,7 +65,7 @@ def export_codes(
         "overwrite": overwrite,
         "progress": progress,
     }
-    read = plan.named_files(codes, config)
+    read = existing(codes, config)
     paths.check_apart([paths.normalise(Path(dst))], read)
     with open_checkpoint(src, config=config) as checkpoint:
         if (Path(codes) / NAME).is_file():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..convert.progress import Tick
 from ..formats.errors import ConflictError
 from ..model import canonical
 from ..model import torch_gemma as tg
@@ -23,7 +24,7 @@ from .tunable import Block, Gain, Shifts, placed
 from .weights import Weights, read
 
 if TYPE_CHECKING:
-    from .pipeline import Meter, Pipeline
+    from .pipeline import Pipeline
 
 
 class _OnDisk(Spill):
@@ -101,7 +102,7 @@ class Finish:
 
     # ---- tuning
 
-    def run(self, meter: Meter) -> None:
+    def run(self, meter: Tick) -> None:
         """Tune what is not tuned yet, then measure."""
         if self._work.tuned is None:
             self._tune(meter)
@@ -122,7 +123,7 @@ class Finish:
             [found[i] for i in sorted(watch)],
         )
 
-    def _tune(self, meter: Meter) -> None:
+    def _tune(self, meter: Tick) -> None:
         tokens = max(b.stop - b.start for b in self._pipeline.tuned)
         layers, width = self._config.num_hidden_layers, self._config.hidden_size
         spill, states = Spill(), None

@@ -175,8 +175,8 @@ class _Pass:
         self.calibration = calibration
         every = batches(calibration.train, 0, BATCH_TOKENS)
         self.mine = [b for k, b in enumerate(every) if k % shard[1] == shard[0]]
-        # the first batch sets the units, whoever adds it
         self.checksums: dict[str, int] = {}
+        # the first batch sets the units, whoever adds it
         self.seen = self.mine if every[0] in self.mine else [every[0], *self.mine]
 
     @torch.no_grad()

@@ -160,25 +160,16 @@ class Merged:
         for m in collector.moments:
             m.take(self._hessian(layer, templates.index(m.names[0])), self.tokens)
 
-    def _sums(self, name: str, n: int) -> list[npt.NDArray[np.int64]]:
-        """All shards' sums of a stage."""
-        found = []
-        for path, checksums in zip(self._paths, self._checksums, strict=True):
-            sums = _sums(path / name, n)
-            if checksum(sums) != checksums.get(name):
-                raise ChecksumError(
-                    "these are not the sums that were gathered.", where=path / name,
-                    fix="gather the shard again with `g2quant moments`.",
-                )  # fmt: skip
-            found.append(sums)
-        return found
-
     def _hessian(self, layer: int, stage: int) -> Tensor:
         units = self._units.get(f"{layer}-{stage}")
         if units is None:
             raise ShapeError("there are no moments of that layer.", where=self._paths[0])
         n = len(units)
-        parts = self._sums(file_name(layer, stage), n)
+        name = file_name(layer, stage)
+        parts = [
+            _sums(path / name, n, stored.get(name))
+            for path, stored in zip(self._paths, self._checksums, strict=True)
+        ]
         exponents = torch.from_numpy(units.astype(np.int32))
         out, at = torch.empty(n, n), 0
         for a in range(0, n, PANEL):
@@ -197,8 +188,8 @@ def checksum(sums: npt.NDArray[np.int64]) -> int:
     return zlib.crc32(sums.view(np.uint8).data)
 
 
-def _sums(file: Path, n: int) -> npt.NDArray[np.int64]:
-    """A stage's panels one after another."""
+def _sums(file: Path, n: int, stored: Any) -> npt.NDArray[np.int64]:
+    """A stage's panels one after another; ``stored`` is their checksum."""
     try:
         found: npt.NDArray[np.int64] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
@@ -208,6 +199,11 @@ def _sums(file: Path, n: int) -> npt.NDArray[np.int64]:
         raise FormatError(
             f"these are {found.dtype} {list(found.shape)}, expected int64 [{size}].", where=file
         )
+    if checksum(found) != stored:
+        raise ChecksumError(
+            "these are not the sums that were gathered.", where=file,
+            fix="gather the shard again with `g2quant moments`.",
+        )  # fmt: skip
     return found
 
 

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..convert.open import Checkpoint
+from ..convert.progress import Tick
 from ..formats.errors import NonFiniteError
 from ..model import canonical
 from ..model import torch_gemma as tg
@@ -39,13 +40,6 @@ if TYPE_CHECKING:
     from .moments import Merged
 
 BATCH_TOKENS = 2048
-
-
-class Meter(Protocol):
-    """Progress: bytes of weights done, and of which."""
-
-    def __call__(self, nbytes: int, name: str) -> None:
-        """``nbytes`` more."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ class Pipeline:
         return sum(4 * s[0] * s[1] for s in shapes) if self.options.recover != "none" else 0
 
     @torch.no_grad()
-    def run(self, meter: Meter) -> dict[str, Any]:
+    def run(self, meter: Tick) -> dict[str, Any]:
         """Do what is not done yet.
 
         Returns:
@@ -226,7 +220,7 @@ class Pipeline:
 
     # ---- one block
 
-    def _layer(self, layer: int, states: States, stack: ExitStack, meter: Meter) -> States:
+    def _layer(self, layer: int, states: States, stack: ExitStack, meter: Tick) -> States:
         began = time.monotonic()
         original = self._weights.block(layer)
         now = dict(original)
@@ -373,7 +367,7 @@ class Pipeline:
     def _pairs(self, states: States) -> Iterator[tuple[Tensor, Tensor]]:
         return self.judge.pairs(states, self.calibration.tokens)
 
-    def _finish(self, states: States, meter: Meter) -> Finish:
+    def _finish(self, states: States, meter: Tick) -> Finish:
         def wanted(start: int, stop: int) -> Tensor:
             return states.read(start + self._original, stop + self._original)
 

@@ -136,12 +136,6 @@ def require_dense(checkpoint: Checkpoint, *, allow: bool) -> None:
         )
 
 
-def named_files(*given: object) -> tuple[Path, ...]:
-    """What of the values of options is a file or directory to read: a preset's name or ids in memory are none."""
-    named = (Path(x) for x in given if isinstance(x, str | Path))
-    return tuple(p for p in named if os.path.exists(p))  # noqa: PTH110 - False for any odd name
-
-
 def sources_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """The files of a checkpoint, and where they lie; nothing where it is in memory."""
     files = checkpoint.source.files

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..convert.progress import SILENT, Tick
 from ..formats.errors import NonFiniteError
 from ..model import torch_gemma as tg
 from ..model.config import GemmaConfig
 from .calibration import Ids
 from .weights import Weights
 
-Step = Callable[[int, str], None]
 AT_ONCE = 64  # sequences; more gain nothing on a processor
 HOT, HEAT = 8, 2.0  # tokens drawn at more than temperature 1, and the first one's
 _PART = 1024  # tokens of the vocabulary whose shares are summed before one of them is chosen
@@ -51,7 +51,7 @@ def sample_sequences(
     seed: int = 0,
     prefix: Sequence[int] = (),
     memory: int = 1 << 30,
-    progress: Step | None = None,
+    progress: Tick = SILENT,
 ) -> list[Ids]:
     """Let the model write.
 
@@ -80,14 +80,14 @@ def sample_sequences(
     out: list[Ids] = []
     for start in range(0, count, few):
         part = torch.stack(draws[start : start + few])
-        ids = _write(weights, length, prefix, part, progress or (lambda n, name: None))
+        ids = _write(weights, length, prefix, part, progress)
         out += [row.copy() for row in ids.numpy()]
     return out
 
 
 @torch.no_grad()
 def _write(
-    weights: Weights, length: int, prefix: Sequence[int], draws: Tensor, progress: Step
+    weights: Weights, length: int, prefix: Sequence[int], draws: Tensor, progress: Tick
 ) -> Tensor:
     n, config = len(draws), weights.checkpoint.config
     begin = [config.bos_token_id, *prefix][: length - 1]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..convert.open import Checkpoint
+from ..convert.progress import Tick
 from ..formats.errors import NonFiniteError
 from ..model import canonical
 from ..model import torch_gemma as tg
@@ -31,7 +32,7 @@ from ..model.logits import compare
 from .calibration import Calibration
 from .choose import Inputs, Target, choose, inputs_of
 from .hessian import STAGES, Collector
-from .pipeline import BATCH_TOKENS, Batch, Meter, batches
+from .pipeline import BATCH_TOKENS, Batch, batches
 from .states import States
 from .weights import Weights
 from .work import Work
@@ -117,7 +118,7 @@ class Sensitivity:
         self._measured = _Measured()
 
     @torch.no_grad()
-    def run(self, meter: Meter) -> dict[str, Any]:
+    def run(self, meter: Tick) -> dict[str, Any]:
         """Do what is not done yet.
 
         Returns:
@@ -200,7 +201,7 @@ class Sensitivity:
 
     # ---- one block
 
-    def _layer(self, layer: int, states: States, stack: ExitStack, meter: Meter) -> States:
+    def _layer(self, layer: int, states: States, stack: ExitStack, meter: Tick) -> States:
         original = self._weights.block(layer)
         known = len(self._measured.streams)
         told: dict[str, Any] = {"errors": {}, "streams": []}
@@ -294,7 +295,7 @@ class Sensitivity:
 
     # ---- the end
 
-    def _evaluate(self, states: States, meter: Meter) -> list[float]:
+    def _evaluate(self, states: States, meter: Tick) -> list[float]:
         """KL of every stream; a block's streams are done and kept together."""
         layers = self.config.num_hidden_layers
         norm = self._weights.final_norm()

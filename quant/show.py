@@ -9,7 +9,7 @@ from typing import Any
 from ..convert.show import table
 from ..formats.errors import printable
 from ..formats.names import listing
-from ..terminal import seconds, size
+from ..terminal import count, seconds, size
 from . import show_layers
 
 Report = dict[str, Any]
@@ -25,7 +25,7 @@ def plan(r: Report) -> str:
     rows = [
         (
             "source",
-            f"{printable(r['source']['path'])}, {_count(r['source']['parameters'])} parameters",
+            f"{printable(r['source']['path'])}, {count(r['source']['parameters'])} parameters",
         ),
         ("output", f"{printable(r['output']['path'])}, {r['output']['format']}"),
         ("weights", f"{_targets(r)}; {r['bits_per_weight']:.3f} bits per weight"),
@@ -149,10 +149,6 @@ def warnings(r: Report) -> list[str]:
 
 def _number(x: float | None) -> str:
     return "unknown" if x is None else f"{x:.4g}"
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e8 else f"{n / 1e6:.2f} M"
 
 
 def _share(x: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ..convert.show import table
 from ..formats.errors import printable
 from ..model.canonical import DOWN, GATE, UP, K, O, Q, V
-from ..terminal import seconds, size
+from ..terminal import count, seconds, size
 
 Report = dict[str, Any]
 _TEMPLATES = (Q, K, V, O, GATE, UP, DOWN)
@@ -31,7 +31,7 @@ def sensitivity(r: Report) -> str:
     """``g2quant sensitivity``."""
     linears, choices = r["linears"], r["choices"]
     head = [
-        ("model", f"{printable(r['source']['path'])}, {r['source']['parameters'] / 1e9:.2f} B parameters"),
+        ("model", f"{printable(r['source']['path'])}, {count(r['source']['parameters'])} parameters"),
         ("measured", f"{r['tokens']} tokens{_of(r)}, {r['measure']}, rounded by {r['method']}"),
         ("shown", f"KL x 1000 with that weight alone as {r['anchor']}"),
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, TypedDict, Unpack
 import numpy.typing as npt
 
 from ..convert.open import Checkpoint
-from ..convert.progress import Silent
+from ..convert.progress import Progress, Silent
 from ..formats.errors import FormatError, NonFiniteError, UsageError
 from ..model.config import GemmaConfig
 from ..sealed import sealed
@@ -24,8 +24,9 @@ from .claims import FAIL, Claim
 from .document import build, error_document, self_test_report
 from .machine import environment
 from .measure import Part, measure, probes_of, side_floor
-from .options import Options, Progress, engines
+from .options import Options, engines
 from .part_checks import check_complete
+from .profiles import DEFAULT_PROFILE
 from .shards import check_parts, join, read_part
 from .side import open_side
 
@@ -256,7 +257,7 @@ def self_test_document(
     fix_config: bool = False,
     gating: str | None = None,
     device: str | None = None,
-    profile: str = "ci",
+    profile: str = DEFAULT_PROFILE,
     only: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -302,7 +303,7 @@ def self_test_estimate(
     fix_config: bool = False,
     gating: str | None = None,
     device: str | None = None,
-    profile: str = "ci",
+    profile: str = DEFAULT_PROFILE,
     only: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """What :func:`self_test_document` with these arguments would take, as data and as lines; runs nothing.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..convert.open import Checkpoint, LazyTensor
+from ..convert.progress import SILENT, Tick
 from ..formats.dtypes import BF16
 from ..formats.errors import DependencyError, UsageError
 from ..model.bootstrap import ratio_interval
@@ -136,7 +137,7 @@ def measure_floor(
     budget: int = BUDGET,
     batch_tokens: int = BATCH_TOKENS,
     k: float = K,
-    progress: Callable[[int, str], None] = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> Floor:
     """Measure the noise of running a checkpoint in a compute type.
 
@@ -193,7 +194,7 @@ class _Job:
     device: str | None
     tiles: bool
     batch_tokens: int
-    progress: Callable[[int, str], None]
+    progress: Tick
     lengths: list[int]
     positions: int
 

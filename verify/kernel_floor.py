@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..convert.open import Checkpoint, LazyTensor
+from ..convert.progress import SILENT, Tick
 from ..formats.dtypes import BF16, F16
 from ..model import canonical
 from .batches import BATCH_TOKENS, ProbeLike
@@ -122,7 +123,7 @@ def kernel_estimate(
     runner: str = LLAMA_CPP,
     *,
     batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int, str], None] = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> Estimate:
     """A checkpoint run in float32 against the same with a kernel's rounding.
 

@@ -7,13 +7,14 @@ from its tiles. In the first case the products of the head are made in at least 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ..convert.progress import SILENT, Tick
 from ..formats.errors import ConfigError, FormatError, UsageError
 from ..model.logits_stats import Record, Stats, merge
 from .batches import BATCH_TOKENS, ProbeLike, padded, plan_batches, targets
@@ -170,7 +171,7 @@ def run_lockstep(
     tiles: bool = False,
     only_different: bool = False,
     shard: tuple[int, int] = (0, 1),
-    progress: Callable[[int, str], None] = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> LockstepResult:
     """Compare two runners over the probes.
 
@@ -266,7 +267,7 @@ class _Run:
         cand: Runner,
         isolated: bool,
         window: int | None,
-        progress: Callable[[int, str], None],
+        progress: Tick,
     ) -> None:
         self.ref, self.cand, self.isolated, self.window = ref, cand, isolated, window
         self.progress = progress

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..convert.progress import SILENT, Tick
 from ..formats.errors import FormatError, NotFoundError, SpaceError, UsageError
 from ..formats.named_files import load_ids
 from .runners import Runner
@@ -59,7 +59,7 @@ def write_logits(
     tokens: Array,
     out: str | Path,
     *,
-    progress: Callable[[int, str], None] = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> dict[str, Any]:
     """Run a model over ids and write its logits.
 
@@ -125,9 +125,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def _write(
-    fd: int, start: int, runner: Runner, tokens: Array, progress: Callable[[int, str], None]
-) -> list[int] | None:
+def _write(fd: int, start: int, runner: Runner, tokens: Array, progress: Tick) -> list[int] | None:
     """Sequences in batches, each batch's logits by rows of the vocabulary."""
     batch, length = tokens.shape
     vocab = runner.config.vocab_size

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.progress import Silent
+from ..convert.progress import Progress, Silent
 from ..formats.errors import UsageError
 from ..model.config import GemmaConfig
 from .behaviour import check_greedy_agreement, run_checks
@@ -23,7 +23,7 @@ from .divergence import Inside, first_divergent, look_inside, shortest_showing
 from .floor import Floor, K, measure_floor
 from .identity import SIZE, compare_identity
 from .lockstep import LockstepResult, run_lockstep
-from .options import DEQUANTIZING, Options, Progress
+from .options import DEQUANTIZING, Options
 from .part_checks import weights_of
 from .part_frame import SCHEMA, Part, frame_of, hashed, kernel_of, key_of
 from .probes import Probe, ProbeSet, build_probes

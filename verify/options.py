@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy.typing as npt
 
@@ -20,16 +19,6 @@ from .side import DEFAULT_RUNNER, Engine
 # runners that take packed weights as float32; the others serve them with kernels of their own
 DEQUANTIZING = ("torch", "jax")
 _SHARD = re.compile(r"([1-9][0-9]{0,6})/([1-9][0-9]{0,6})")
-
-
-class Progress(Protocol):
-    """What may watch long work; :class:`g2kit.terminal.Meter` is one."""
-
-    def start(self, total: int, what: str, unit: str = "B") -> None:
-        """A phase of ``total`` units begins."""
-
-    def __call__(self, count: int, name: str, /) -> None:
-        """``count`` more are done."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +146,3 @@ def parse_shard(text: str) -> tuple[int, int]:
             f"shard {text!r} is not of the form i/N with i from 1 to N.", fix="for example 2/8."
         )
     return int(found[1]) - 1, int(found[2])
-
-
-Watch = Callable[[int, str], None]

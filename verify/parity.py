@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.open import open_checkpoint
+from ..convert.progress import Progress
 from ..convert.targets import TARGETS
 from ..model.config import GemmaConfig
 from .compare import compare
-from .options import Progress
 from .runners import runner_class
 from .side import DEFAULT_RUNNER
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from ..convert.digest import digest, run_all
 from ..convert.open import Checkpoint, LazyTensor
+from ..convert.progress import Progress
 from ..formats.errors import FormatError, NonFiniteError
 from ..formats.fingerprint import PREFIX
 from ..model import canonical
 from ..model.config import GemmaConfig
 from .identity import SIZE
-from .options import Progress
 from .side import Side
 
 _FIX = "run that shard again."

@@ -6,10 +6,11 @@ import hashlib
 import json
 from typing import Any
 
+from ..convert.progress import Progress
 from ..formats.fingerprint import PREFIX
 from .identity import Identity
 from .machine import environment
-from .options import DEQUANTIZING, Options, Progress
+from .options import DEQUANTIZING, Options
 from .side import Engine, Side
 
 Part = dict[str, Any]

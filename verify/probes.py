@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ..formats.errors import TokenizerError, UsageError
 from ..model.config import GemmaConfig
 from ..model.sample import heldout_text
-from .profiles import CHUNK, PROFILES, Profile, is_small
+from .profiles import CHUNK, DEFAULT_PROFILE, PROFILES, Profile, is_small
 from .text_probes import Text, documents, snippets, user_text, user_tokens
 from .tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_of
 
@@ -112,7 +112,7 @@ class ProbeSet:
 def build_probes(
     config: GemmaConfig,
     tokenizer: Tokenizer | None,
-    profile: str = "ci",
+    profile: str = DEFAULT_PROFILE,
     *,
     text: str | Path | None = None,
     tokens: str | Path | npt.ArrayLike | None = None,

@@ -7,12 +7,13 @@ for logits, the numbers are exact. From a recording of largest logits only, they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from ..convert.progress import SILENT, Tick
 from ..model.logits_stats import Record, Stats
 from . import recording_schema as schema
 from .batches import BATCH_TOKENS, padded, plan_batches, targets
@@ -36,7 +37,6 @@ from .recording_tables import Embedding, Head, find_table, prove, table_of
 from .runners.base import Runner
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Progress = Callable[[int, str], None]
 _TILE_BYTES = 16 << 20
 
 
@@ -51,7 +51,7 @@ def compare_recording(
     scratch: int = SCRATCH,
     device: str = "cpu",
     shard: tuple[int, int] = (0, 1),
-    progress: Progress = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> LockstepResult:
     """Run a model over a recording's tokens and compare.
 
@@ -110,7 +110,7 @@ class _Against:
         block_rows: int,
         scratch: int,
         device: str,
-        progress: Progress,
+        progress: Tick,
     ) -> None:
         self.recording, self.cand, self.head, self.walk = recording, cand, head, walk
         self.block_rows, self.scratch, self.device, self.progress = (

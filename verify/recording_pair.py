@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
 
+from ..convert.progress import SILENT, Tick
 from ..model.logits_stats import Record, Stats
 from . import recording_schema as schema
 from .batches import BATCH_TOKENS, plan_batches, targets
@@ -29,7 +30,6 @@ from .recording_tables import Embedding, Head, find_table, prove
 from .runners.base import Table
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Progress = Callable[[int, str], None]
 
 
 def compare_recordings(
@@ -44,7 +44,7 @@ def compare_recordings(
     scratch: int = SCRATCH,
     device: str = "cpu",
     shard: tuple[int, int] = (0, 1),
-    progress: Progress = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> LockstepResult:
     """Compare two recordings of the same probes; no model runs.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .. import __version__
 from ..convert import digest
+from ..convert.progress import SILENT, Tick
 from ..formats import output_fs as ofs
 from ..formats import safetensors
 from ..formats.base import Chunk
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from .recording_logits import Kept
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, str], None]  # tokens just done, what is being done
 _TILE_BYTES = 16 << 20
 _METADATA = {"format": schema.SCHEMA}
 
@@ -57,7 +57,7 @@ def record(
     batch_tokens: int = BATCH_TOKENS,
     overwrite: bool = False,
     command: str | None = None,
-    progress: Progress = digest.no_progress,
+    progress: Tick = SILENT,
     fs: ofs.Filesystem = ofs.REAL,
 ) -> dict[str, Any]:
     """Run a model over probes and keep what another machine needs to compare with it.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..convert.open import Checkpoint
+from ..convert.progress import SILENT, Tick
 from ..formats.errors import UsageError
 from ..model.bootstrap import ratio_interval
 from ..model.config import GemmaConfig
@@ -131,7 +132,7 @@ def self_test(
     device: str | None = None,
     budgets: Sequence[int] = BUDGETS,
     only: Sequence[str] = (),
-    progress: Callable[[int, str], None] = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> dict[str, Any]:
     """Make every known mistake and see which claims notice.
 
@@ -172,7 +173,7 @@ def trials(
     device: str | None = None,
     budgets: Sequence[int] = BUDGETS,
     only: Sequence[str] = (),
-    progress: Callable[[int, str], None] = lambda tokens, what: None,
+    progress: Tick = SILENT,
 ) -> Iterator[Trial]:
     """See :func:`self_test`; one result after the other."""
     if floor.dtype not in EXACT:
@@ -232,7 +233,7 @@ def _try(
     floor: Floor,
     judge: Judge,
     device: str | None,
-    progress: Callable[[int, str], None],
+    progress: Tick,
 ) -> Trial:
     identity = compare_identity(_side(checkpoint), _side(m.checkpoint))
     change = Change.between(checkpoint, m.checkpoint, code=m.activation is not None)

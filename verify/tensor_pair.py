@@ -10,6 +10,7 @@ import numpy as np
 
 from ..convert.digest import count_nonfinite, is_zero
 from ..convert.open import LazyTensor
+from ..convert.progress import Tick
 from ..formats.dtypes import short
 from ..formats.fingerprint import TensorHasher, leaf
 from ..formats.manifest import TensorEntry
@@ -30,7 +31,6 @@ from .tensor_values import (
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Progress = Callable[[int, str], None]
 RMS_STEPS, ROW_STEPS = 0.75, 1.0
 _SLACK = 1e-3  # of a step: a format's own float32 arithmetic is rounded before the number is
 
@@ -58,7 +58,7 @@ class TensorPair:
         self.shifts: set[int] = set()
         self.unread = False  # equal blocks are no part of ``signal`` yet
 
-    def run(self, progress: Progress) -> Row:
+    def run(self, progress: Tick) -> Row:
         """Read both and judge."""
         for start, a, b in row_pairs(self.ref, self.cand):
             self._add(start, a, b)

@@ -22,10 +22,11 @@ import numpy as np
 
 from ..convert.digest import run_all
 from ..convert.open import Checkpoint, LazyTensor
+from ..convert.progress import SILENT, Tick
 from ..formats.errors import NonFiniteError
 from .ledger import EQUAL, LOSSLESS, NARROWED, QUANTIZED, STEP, WIDENED, Row, findings, fingerprints
 from .promised import as_promised
-from .tensor_pair import Progress, TensorPair, leaf_of
+from .tensor_pair import TensorPair, leaf_of
 from .tensor_values import bits_of, quantization_step, rule_of, stored_as
 
 
@@ -33,7 +34,7 @@ def compare_weights(
     ref: Checkpoint,
     cand: Checkpoint,
     *,
-    progress: Progress = lambda nbytes, name: None,
+    progress: Tick = SILENT,
     part: tuple[int, int] = (0, 1),
 ) -> list[Row]:
     """The ledger, one row per tensor of either side, in forward order.
@@ -62,7 +63,7 @@ def compare_weights(
     return list(rows.values())
 
 
-def compare_tensor(ref: LazyTensor, cand: LazyTensor, progress: Progress) -> Row:
+def compare_tensor(ref: LazyTensor, cand: LazyTensor, progress: Tick) -> Row:
     """One tensor of both sides."""
     try:
         return TensorPair(ref, cand).run(progress)

@@ -95,15 +95,15 @@ def _held_scheme(name: str, grids: Mapping[str, Grid]) -> str:
         ),
     )
     for bits, size, symmetric in near:
+        if size > 0 and any(g.in_features % size for g in grids.values()):
+            continue
         tried = (
             dataclasses.replace(
                 g, bits=bits, group_size=g.in_features if size < 0 else size, symmetric=symmetric
             )
             for g in grids.values()
-            if size < 0 or g.in_features % size == 0
         )
-        found = [FORMATS[name].fault(g) is None for g in tried]
-        if len(found) == len(grids) and all(found):
+        if not any(FORMATS[name].fault(g) for g in tried):
             return f"--bits {bits} --group-size {size} {'--sym' if symmetric else '--asym'}"
     return ""
 

@@ -389,6 +389,11 @@ def size(n: float) -> str:
     raise AssertionError("unreachable")
 
 
+def count(n: int) -> str:
+    """Parameters for reading: ``2.61 B``, ``0.42 M``."""
+    return f"{n / 1e9:.2f} B" if n >= 1e8 else f"{n / 1e6:.2f} M"
+
+
 def clock() -> float:
     """Monotonic seconds."""
     return time.monotonic()
