@@ -1,6 +1,7 @@
 """Checkpoints of real shapes with random weights, generated as they are read: no disk, no memory.
 
-Values are normal with deviation 0.02 in bfloat16, so they compress as trained weights do. Each tensor is a window into one
+Values are normal with deviation 0.02 in bfloat16, so they compress as trained weights do; queries are eight times as large,
+or attention scores would stay far below their soft-cap and a comparison could not see it. Each tensor is a window into one
 block of random numbers, shifted by its name: tensors differ, and generating costs no more than copying.
 """
 
@@ -23,6 +24,7 @@ from g2kit.model.config import GemmaConfig
 from g2kit.model.config_formats import ConfigReading
 
 BLOCK = 1 << 25  # elements: 64 MiB
+LARGER = {"q_proj": 8}  # powers of two: exact
 
 
 @cache
@@ -39,6 +41,7 @@ class Synthetic(Tensor):
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         super().__init__(name, BF16, shape, Path("synthetic"), "BF16")
         self.shift = zlib.crc32(name.encode()) % BLOCK
+        self.factor = next((f for part, f in LARGER.items() if part in name), 1)
 
     def read(self, index: Index = ()) -> Array:
         start, stop, rest = leading_rows(self.shape, index)
@@ -48,6 +51,8 @@ class Synthetic(Tensor):
             part = out[at : at + BLOCK]
             begin = (self.shift + start * row + at) % BLOCK
             part[:] = noise()[begin : begin + part.size]
+        if self.factor != 1:
+            out *= BF16.type(self.factor)
         box = out.reshape(stop - start, *self.shape[1:])
         return np.ascontiguousarray(box[rest]) if rest else box
 

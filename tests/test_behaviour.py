@@ -342,10 +342,10 @@ class LosesTokens(Decoder):
     def __init__(self, runner: Runner, keep: int) -> None:
         self.runner, self.keep, self.ids = runner, keep, np.zeros((1, 0), np.int64)
 
-    def step(self, tokens: Tokens, padding: Any = None) -> Array:
+    def step(self, tokens: Tokens, padding: Any = None, *, last: int | None = None) -> Array:
         new = np.atleast_2d(np.asarray(tokens))
         self.ids = np.concatenate([self.ids, new], 1)
-        return self.runner.logits(self.ids[:, -self.keep :])[:, -new.shape[1] :]
+        return self.runner.logits(self.ids[:, -self.keep :])[:, -(last or new.shape[1]) :]
 
 
 @pytest.mark.parametrize("window", [3, 5, 64])
@@ -381,7 +381,7 @@ def test_decoding_starts_within_the_window_and_ends_past_it(
         def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
             made = self.inner.decoder(batch, capacity)
             step = made.step
-            made.step = lambda t, p=None: (lengths.append(np.shape(t)[1]), step(t, p))[1]  # type: ignore[method-assign]
+            made.step = lambda t, **o: (lengths.append(np.shape(t)[1]), step(t, **o))[1]  # type: ignore[method-assign]
             return made
 
     assert check_decode(Counts(open_runner("torch", good)), probes, FLOOR).verdict == "PASS"
@@ -409,7 +409,7 @@ def test_the_estimate_is_what_is_run(arch: str) -> None:
         def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
             made = self.inner.decoder(batch, capacity)
             step = made.step
-            made.step = lambda t, p=None: (ran.append((np.size(t), 1)), step(t, p))[1]  # type: ignore[method-assign]
+            made.step = lambda t, **o: (ran.append((np.size(t), 1)), step(t, **o))[1]  # type: ignore[method-assign]
             return made
 
     with opened, open_runner("torch", opened) as runner:
@@ -421,19 +421,27 @@ def test_the_estimate_is_what_is_run(arch: str) -> None:
     assert behaviour.cost(big, build_probes(big, None, "smoke")) == behaviour.Cost(0, 0)
 
 
-def test_prompts_are_prefilled_in_pieces_that_fit(
+def test_a_prompt_is_run_once_and_gives_one_position(
     good: Checkpoint, probes: ProbeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "BEFORE", -3)
-    monkeypatch.setattr(decoding, "LOGIT_BYTES", 4 * 64 * 2)
-    with open_runner("torch", good) as runner:
-        assert [(s.start, s.stop) for s in decoding.chunks(7, 64)] == [
-            (0, 2),
-            (2, 4),
-            (4, 6),
-            (6, 7),
-        ]
-        assert check_decode(runner, probes, FLOOR).verdict == "PASS"
+    shapes: list[tuple[int, int]] = []  # tokens fed, positions given
+
+    class Watched(Wrapped):
+        def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
+            made = self.inner.decoder(batch, capacity)
+            step = made.step
+
+            def watched(tokens: Tokens, **options: Any) -> Array:
+                out = step(tokens, **options)
+                shapes.append((np.size(tokens), out.shape[1]))
+                return out
+
+            made.step = watched  # type: ignore[method-assign]
+            return made
+
+    assert check_decode(Watched(open_runner("torch", good)), probes, FLOOR).verdict == "PASS"
+    assert shapes == [(7, 1)] + [(1, 1)] * 57
 
 
 @pytest.fixture(scope="module")

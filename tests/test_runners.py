@@ -283,12 +283,18 @@ def test_queries_in_pieces_give_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     tokens = ids(opened.config, 3, 50)
     padding = np.ones(tokens.shape, bool)
     padding[1, 20:] = padding[2, :18] = padding[2, 45:] = False
-    want = logits("torch", opened, tokens, padding)
+    left = np.ones(tokens.shape, bool)  # the only padding of a decoder's prompt
+    left[1, :20] = left[2, :3] = False
+    want, decoded = (logits("torch", opened, tokens, mask) for mask in (padding, left))
     monkeypatch.setattr(torch_runner, "SCORE_BYTES", 1)  # 16 queries
     monkeypatch.setattr(jax_runner, "QUERIES", 7)
     for name in ("torch", "jax"):
         got = logits(name, opened, tokens, padding)
         assert gap(got[padding], want[padding]) < ATOL
+        with open_runner(name, opened) as r:
+            decoder = r.decoder(3, 50)
+            steps = [decoder.step(tokens[:, :40], left[:, :40]), decoder.step(tokens[:, 40:])]
+        assert gap(np.concatenate(steps, 1)[left], decoded[left]) < ATOL
 
 
 @pytest.mark.parametrize("name", ["torch", "jax"])
@@ -334,6 +340,9 @@ def test_decoding_step_by_step_equals_prefill(name: str, arch: str, tmp_path: Pa
         steps = [decoder.step(tokens[:, :5], padding[:, :5])]
         steps += [decoder.step(tokens[:, t : t + 1]) for t in range(5, 16)]
         assert gap(np.concatenate(steps, 1)[padding], want[padding]) < ATOL
+        few = r.decoder(2, 16).step(tokens[:, :5], padding[:, :5], last=2)
+        assert few.shape[1] == 2
+        assert gap(few, want[:, 3:5]) < ATOL
         with pytest.raises(UsageError, match="room for 16 positions, this step needs 17"):
             decoder.step(tokens[:, :1])
         with pytest.raises(UsageError, match="in front of the prompt only"):

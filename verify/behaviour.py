@@ -20,7 +20,6 @@ from .decoding import (
     check_decode,
     check_greedy,
     check_greedy_agreement,
-    chunks,
     crossing,
     greedy_prompt,
 )
@@ -112,8 +111,7 @@ def cost(config: GemmaConfig, probes: ProbeSet) -> Cost:
     plan = crossing(config, probes)
     if plan is not None:
         single = len(plan.tokens) - plan.start
-        prefills = len(list(chunks(plan.start, config.vocab_size)))
-        parts.append(Cost(2 * len(plan.tokens), 1 + prefills + single))
+        parts.append(Cost(2 * len(plan.tokens), 2 + single))
     start, count = greedy_prompt(config, probes, _greedy_steps(config, probes))
     if count:
         parts.append(Cost(2 * (len(start) + count - 1), 1 + count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ DECODE = Question("P8/decode", "Decoding step by step equals prefill, across the
 GREEDY = Question("P9/greedy", "Greedy choices while decoding are those of a prefill")
 AGREEMENT = Question("P9/agreement", "Both models choose the same tokens greedily")
 BEFORE, AFTER, SMALL_AFTER = 3, 8, 64  # positions around the window's edge decoded one by one
-LOGIT_BYTES = 256 << 20  # logits of one step
 NEAR_TIE = 6.0  # times the noise of a logit (RMS): three deviations of each of the two that compete
 GREEDY_PROMPT = 16
 
@@ -70,19 +69,9 @@ def check_decode(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Floo
 def _decoded(runner: Runner, tokens: Array, start: int) -> Array:
     """Logits of position ``start - 1`` and of every later one, fed one by one ``[steps, vocab]``."""
     decoder = runner.decoder(1, len(tokens))
-    rows = []
-    for part in chunks(start, runner.config.vocab_size):
-        last = decoder.step(tokens[None, part])[0, -1:]
-    rows.append(last)
+    rows = [decoder.step(tokens[None, :start], last=1)[0]]
     rows += [decoder.step(tokens[None, t : t + 1])[0] for t in range(start, len(tokens))]
     return np.concatenate(rows)
-
-
-def chunks(length: int, vocab: int) -> Iterator[slice]:
-    """Pieces of a prompt whose logits fit into memory."""
-    step = max(1, LOGIT_BYTES // (4 * vocab))
-    for i in range(0, length, step):
-        yield slice(i, min(i + step, length))
 
 
 def generate(runner: Runner, prompt: Array, count: int) -> tuple[Array, Array]:
@@ -93,7 +82,7 @@ def generate(runner: Runner, prompt: Array, count: int) -> tuple[Array, Array]:
     """
     decoder = runner.decoder(1, len(prompt) + count)
     ids = [int(i) for i in prompt]
-    logits = [decoder.step(prompt[None])[0, -1]]
+    logits = [decoder.step(prompt[None], last=1)[0, -1]]
     for _ in range(count):
         ids.append(int(logits[-1].argmax()))
         if len(logits) < count:

@@ -98,8 +98,13 @@ class Decoder(ABC):
     """Generation with a key/value cache, some tokens at a time."""
 
     @abstractmethod
-    def step(self, tokens: Tokens, padding: Any = None) -> Array:
+    def step(self, tokens: Tokens, padding: Any = None, *, last: int | None = None) -> Array:
         """Feed ``[batch, n]`` ids (the first step may be a padded prompt); logits ``[batch, n, vocab]``.
+
+        Args:
+            tokens: what comes next.
+            padding: True for real tokens, same shape; None means all.
+            last: logits of only so many last positions.
 
         Raises:
             UsageError: wrong ids, another batch than before, or more positions than the cache has room for.

@@ -264,7 +264,7 @@ class JaxDecoder(Decoder):
         self._runner, self._state = runner, state
         self._caches: list[Cache] = []
 
-    def step(self, tokens: Tokens, padding: Any = None) -> Array:
+    def step(self, tokens: Tokens, padding: Any = None, *, last: int | None = None) -> Array:
         """See :meth:`.base.Decoder.step`."""
         r = self._runner
         batch, slots = self._state.take(tokens, padding)
@@ -281,7 +281,7 @@ class JaxDecoder(Decoder):
                     x, r._block(layer), at, k_at, k_real, r._window(layer), self._caches[layer],
                     np.int32(slots.start), config=r.config, chunk=QUERIES,
                 )  # fmt: skip
-            hidden = r._final(x)
+            hidden = r._final(x[:, -(last or x.shape[1]) :])
             tiles = [m.unembed(hidden, rows(), config=r.config) for _, _, rows in r._tiles(None)]
             return np.concatenate([np.asarray(t) for t in tiles], axis=-1)
 

@@ -103,7 +103,7 @@ class LlamaCppDecoder(Decoder):
         self._state = state
         self._models = [_open(file, state.capacity) for _ in state.real]
 
-    def step(self, tokens: Tokens, padding: Any = None) -> Array:
+    def step(self, tokens: Tokens, padding: Any = None, *, last: int | None = None) -> Array:
         """See :meth:`.base.Decoder.step`."""
         batch, _ = self._state.take(tokens, padding)
         out = np.zeros((*batch.shape, self._state.vocab_size), np.float32)
@@ -111,7 +111,7 @@ class LlamaCppDecoder(Decoder):
             self._models, batch.tokens, batch.real, out, strict=True
         ):
             logits[real] = _eval(model, row[real], self._state.vocab_size)
-        return out
+        return out[:, -(last or out.shape[1]) :]
 
 
 def _open(file: Path, room: int) -> Any:

@@ -166,8 +166,7 @@ class TorchRunner(Runner):
     def _run(self, layer: int, x: Tensor, tap: Tap | None, first: int = 0) -> Tensor:
         """One block from position ``first`` on; queries in pieces where scores would be large, whole for taps."""
         weights, length = self._block(layer), x.shape[1]
-        scores = x.shape[0] * self.config.num_attention_heads * length * self._type.itemsize
-        step = max(16, SCORE_BYTES // scores)
+        step = self._queries(x.shape[0], length)
         cache: torch_gemma.Cache | None = None
         if first:
             cache = torch_gemma.keys_values(
@@ -183,6 +182,11 @@ class TorchRunner(Runner):
             y, cache = self._piece(layer, weights, x, part, cache)
             pieces.append(y)
         return torch.cat(pieces, dim=1)
+
+    def _queries(self, batch: int, keys: int) -> int:
+        """How many of a sequence's queries meet that many keys at a time."""
+        scores = batch * self.config.num_attention_heads * keys * self._type.itemsize
+        return max(16, SCORE_BYTES // scores)
 
     def _piece(
         self,
@@ -238,7 +242,7 @@ class TorchDecoder(Decoder):
         self._runner, self._state = runner, state
         self._caches: list[torch_gemma.Cache | None] = [None] * runner.config.num_hidden_layers
 
-    def step(self, tokens: Tokens, padding: Any = None) -> Array:
+    def step(self, tokens: Tokens, padding: Any = None, *, last: int | None = None) -> Array:
         """See :meth:`.base.Decoder.step`."""
         r = self._runner
         batch, slots = self._state.take(tokens, padding)
@@ -246,11 +250,19 @@ class TorchDecoder(Decoder):
             x = r._embed(batch.tokens)
             at = torch.from_numpy(batch.positions).to(r._device)
             real = torch.from_numpy(self._state.real[:, : slots.stop]).to(r._device)
-            for i, cache in enumerate(self._caches):
-                x, self._caches[i] = torch_gemma.block(
-                    x, r._block(i), i, r.config, at, padding=real, cache=cache, linear=r._linear
-                )
-            hidden = r._final(x)
+            few = r._queries(len(x), slots.stop)
+            for i in range(len(self._caches)):
+                pieces = []
+                for start in range(0, x.shape[1], few):
+                    part = slice(start, min(start + few, x.shape[1]))
+                    y, self._caches[i] = torch_gemma.block(
+                        x[:, part], r._block(i), i, r.config, at[:, part],
+                        padding=real[:, : slots.start + part.stop], cache=self._caches[i],
+                        linear=r._linear,
+                    )  # fmt: skip
+                    pieces.append(y)
+                x = torch.cat(pieces, dim=1)
+            hidden = r._final(x[:, -(last or x.shape[1]) :])
             tiles = [as_numpy(r._unembed(hidden, rows)) for _, _, rows in r._tiles(None)]
             return np.concatenate(tiles, axis=-1)
 

@@ -147,13 +147,14 @@ class TransformersDecoder(Decoder):
         self._runner, self._state = runner, state
         self._cache: Any = None
 
-    def step(self, tokens: Tokens, padding: Any = None) -> Array:
+    def step(self, tokens: Tokens, padding: Any = None, *, last: int | None = None) -> Array:
         """See :meth:`.base.Decoder.step`."""
         batch, slots = self._state.take(tokens, padding)
         real = self._state.real[:, : slots.stop]
         done = self._runner._forward(
-            batch.tokens, real, batch.positions, past_key_values=self._cache, use_cache=True
-        )
+            batch.tokens, real, batch.positions, past_key_values=self._cache, use_cache=True,
+            logits_to_keep=last or 0,
+        )  # fmt: skip
         self._cache = done.past_key_values
         return as_numpy(done.logits)[..., : self._runner.config.vocab_size]
 
