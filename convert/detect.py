@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
+from ..formats import manifest
 from ..formats.base import Source
 from ..formats.errors import (
     ExtraTensorError,
@@ -22,6 +24,7 @@ from ..formats.errors import (
 )
 from ..model.canonical import LM_HEAD
 from ..model.config import Family
+from . import sidecar_files
 from .layout import Rule, Variant, layer_name
 from .layouts import VARIANTS
 
@@ -36,6 +39,16 @@ _CONTAINERS: dict[str, tuple[tuple[str, ...], tuple[bytes, ...]]] = {
     "keras_h5": (("*.weights.h5", "model.weights.json"), (b"\x89HDF\r\n\x1a\n",)),
     "orbax": (("manifest.ocdbt", "_METADATA", "checkpoint", "ocdbt.process_*"), ()),
 }
+
+# what else lies beside weights, and what a recording consists of
+_BESIDE = {*sidecar_files.NAMES, "metadata.json", "recording.json", "vocabulary.spm"}
+
+
+def belongs_to_checkpoint(name: str) -> bool:
+    """Whether a file of that name is part of a checkpoint or recording: weights, index, configuration, tokenizer, manifest."""
+    weights = (p for patterns, _ in _CONTAINERS.values() for p in patterns)
+    known = name in _BESIDE or name.endswith(manifest.NAME)
+    return known or any(fnmatch.fnmatchcase(name, p) for p in weights)
 
 
 def open_container(path: Path, prefer: str | None = None) -> Source:

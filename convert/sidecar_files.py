@@ -32,11 +32,12 @@ TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 _TOKENIZER_FILES = (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE)
-_ALL = (*_TOKENIZER_FILES, CONFIG, GENERATION)
+NAMES = (*_TOKENIZER_FILES, CONFIG, GENERATION)
 _KERAS_VOCABULARY = "assets/tokenizer/vocabulary.spm"
 _MAX_BYTES = {TOKENIZER_MODEL: 64 << 20, TOKENIZER_JSON: 64 << 20}
 _MAX_SMALL = 8 << 20
 _OTHERS = ("orbax", "gguf")  # containers beside which a config.json may be anybody's
+_IGNORED = "; ignored"
 _LFS = b"version https://git-lfs"
 # directories inside a training run; the tokenizer lies above them
 _INNER = re.compile(r"items|default|\d+|ckpt_\d+|checkpoints")
@@ -67,6 +68,11 @@ class Sidecars:
     path: Path | None = None
     tokenizer_named: bool = False
     origins: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def ignored(self) -> list[str]:
+        """What is there but was not read, and why: those of the notes that say so."""
+        return [note for note in self.notes if note.endswith(_IGNORED)]
 
     @property
     def names(self) -> list[str]:
@@ -186,7 +192,7 @@ class Sidecars:
         return (
             path is not None
             and self.own_manifest is not None
-            and manifest.describes(path, self.own_manifest, self.path or self.directory, _ALL)
+            and manifest.describes(path, self.own_manifest, self.path or self.directory, NAMES)
         )
 
     @cached_property
@@ -303,7 +309,7 @@ def find_sidecars(path: Path, source_format: str, tokenizer: Path | None = None)
         _look_for_keras(directory, files, notes)
         _look(directory, TOKENIZER_MODEL, files, notes)
     else:
-        for name in _ALL:
+        for name in NAMES:
             _look(directory, name, files, notes)
         _look_for_keras(directory, files, notes)
     covering = manifest.covering(path)
@@ -323,10 +329,10 @@ def _look(directory: Path, name: str, files: dict[str, Path], notes: list[str]) 
     if path is None:
         return False
     if not path.is_file():
-        notes.append(f"{printable(str(path))} is not a regular file; ignored")
+        notes.append(f"{printable(str(path))} is not a regular file{_IGNORED}")
         return False
     if not path.stat().st_size:
-        notes.append(f"{printable(str(path))} is empty (gemma_pytorch ships such a stub); ignored")
+        notes.append(f"{printable(str(path))} is empty (gemma_pytorch ships such a stub){_IGNORED}")
         return False
     files[name] = path
     return True

@@ -41,7 +41,7 @@ class InputFile:
         st = os.fstat(self._fd)
         if not stat.S_ISREG(st.st_mode):
             self.close()  # and forget the number: another file may get it before __del__ runs
-            raise FileIOError("not a regular file.", where=self.path, fix="pass a checkpoint file.")
+            raise FileIOError("not a regular file.", where=self.path, fix="name a file.")
         self._io = DirectFile(self._fd, os.O_RDONLY)
         self.size = st.st_size
         self._identity = (st.st_size, st.st_mtime_ns)

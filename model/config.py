@@ -101,6 +101,11 @@ class GemmaConfig:
                     raise ConfigError(f"{name} is set, but Gemma 1 has none.")
 
     @property
+    def filler(self) -> int:
+        """The id that padding is filled with: ``pad_token_id``, or 0 where a file names one beyond the vocabulary."""
+        return self.pad_token_id if 0 <= self.pad_token_id < self.vocab_size else 0
+
+    @property
     def has_post_norms(self) -> bool:
         """Gemma 2 normalises the output of attention and feed-forward too."""
         return self.family == "gemma2"

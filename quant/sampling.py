@@ -132,7 +132,7 @@ def _logits(hidden: Tensor, weights: Weights) -> Tensor:
             "the model's output is NaN or infinite while it writes calibration text.",
             where=weights.checkpoint.path, fix="check it with `g2verify compare`.",
         )  # fmt: skip
-    never = [config.bos_token_id, config.pad_token_id, *config.eos_token_id[:1]]
+    never = [config.bos_token_id, config.filler, *config.eos_token_id[:1]]
     logits[:, never] = -torch.inf
     return logits
 

@@ -380,8 +380,8 @@ def test_the_command_writes_what_was_asked_for(
 @pytest.mark.parametrize(
     ("extra", "code", "says"),
     [
-        (["--html", "{dst}/x.html"], 5, "lies in a checkpoint of this command"),
-        (["--card", "{src}/README.md"], 5, "lies in a checkpoint of this command"),
+        (["--html", "{dst}/x.html"], 5, "lies in an input of this command"),
+        (["--card", "{src}/README.md"], 5, "lies in an input of this command"),
         (["--html", "{root}/none/x.html"], 4, "make the directory"),
         (["--html", "{root}/x", "--report", "{root}/x"], 2, "name the same file"),
         (["--html", "{root}/x", "--dry-run"], 2, "--dry-run makes no report"),

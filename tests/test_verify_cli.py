@@ -171,8 +171,8 @@ def test_an_error_is_written_where_a_report_was_asked_for(tmp_path: Path, capsys
 @pytest.mark.parametrize(("option", "path", "words"), [
     ("--html", "/nowhere/x.html", "nothing can be written here"),
     ("--report", ".", "directory"),
-    ("--junit", f"{SAMPLE}/r.xml", "lies in a checkpoint of this command"),
-    ("--markdown", f"{SAMPLE}/config.json", "lies in a checkpoint of this command"),
+    ("--junit", f"{SAMPLE}/r.xml", "lies in an input of this command"),
+    ("--markdown", f"{SAMPLE}/config.json", "lies in an input of this command"),
 ])  # fmt: skip
 def test_outputs_are_checked_before_any_work(
     option: str, path: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any

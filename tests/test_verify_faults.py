@@ -33,17 +33,18 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_logits_do_not_write_through_links(tmp_path: Path, capsys: Any) -> None:
-    """A link under the temporary name a version before had; its target is somebody's model."""
+    """A link under the temporary name; its target is somebody's model."""
     np.save(tmp_path / "ids.npy", np.arange(2, 6))
     precious = tmp_path / "model.safetensors"
     precious.write_bytes(b"weights")
-    out = tmp_path / "logits.npy"
-    (tmp_path / "logits.npy.partial").symlink_to(precious)
-    args = ("--tokens", str(tmp_path / "ids.npy"), "--out", str(out))
-    assert run("logits", SAMPLE, *args, capsys=capsys)[0] == 0
+    link = tmp_path / ".logits.npy.partial"
+    link.symlink_to(precious)
+    args = ("--tokens", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "logits.npy"))
+    status, _, err = run("logits", SAMPLE, *args, capsys=capsys)
+    assert status == 4
+    assert "remove it, or name another file" in err
     assert precious.read_bytes() == b"weights"
-    assert np.load(out).shape == (1, 4, 3072)
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert link.is_symlink()
 
 
 def test_logits_do_not_replace_a_pipe_or_device(tmp_path: Path, capsys: Any) -> None:

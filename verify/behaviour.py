@@ -241,7 +241,7 @@ def check_padding(runner: Runner, probes: Sequence[Probe] | ProbeSet, floor: Flo
     want = logits_at(runner, slice(n - shown, n))[0]
     found: dict[str, Array] = {}
     for batch in _BATCHES:
-        tokens, real = _mixed(prompt, batch.shift, runner.config.pad_token_id)
+        tokens, real = _mixed(prompt, batch.shift, runner.config.filler)
         runner.start(tokens, real)
         runner.finish()
         columns = slice(n - shown + batch.shift, n + batch.shift)

@@ -16,7 +16,7 @@ from .. import commands
 from .. import report as reports
 from ..commands import choice, flag, group, path, path_option
 from ..formats import strict_json
-from ..formats.errors import EXIT_FAIL, FormatError, G2Error, UsageError
+from ..formats.errors import EXIT_FAIL, FormatError, G2Error, NotFoundError, UsageError
 from ..machine import Stopwatch
 from ..outputs import Outputs
 from ..sealed import dumps, sealed
@@ -97,6 +97,7 @@ def compare(ref: Path, cand: Path, **o: Any) -> None:
 
     REF may be a recording, made by `g2verify record` on another machine.
     """
+    _refuse_files_of_an_estimate(o)
     with _work("compare", o, (ref, cand)) as work:
         options = _options(o)
         configs = (o["ref_config"] or o["config"], o["cand_config"] or o["config"])
@@ -184,6 +185,7 @@ def merge(parts: tuple[Path, ...], **o: Any) -> None:
 @report_options()
 def self_test(model: Path, **o: Any) -> None:
     """Make every known mistake in MODEL, one at a time, and print which claims noticed it and where."""
+    _refuse_files_of_an_estimate(o)
     with _work("self-test", o, (model,)) as work:
         from .compare import self_test_document, self_test_estimate
 
@@ -331,6 +333,15 @@ def _work(kind: str, o: Mapping[str, Any], inputs: tuple[Path, ...]) -> Iterator
             work.failed(e, kind)
 
 
+def _refuse_files_of_an_estimate(o: Mapping[str, Any]) -> None:
+    given = [n for n in RENDERERS if o["only_estimate"] and o[n] is not None]
+    if given:
+        raise UsageError(
+            f"--estimate runs nothing, so there is nothing for --{given[0]}.",
+            fix="leave out one of them; --json prints the estimate as data.",
+        )
+
+
 def _check_shard_outputs(o: Mapping[str, Any]) -> None:
     parse_shard(o["shard"])
     other = [n for n in ("html", "junit", "markdown") if o[n] is not None]
@@ -366,12 +377,16 @@ def _estimated(
 
 def _read_report(path: Path) -> dict[str, Any]:
     """A report's document; of a file that is no JSON at all, the advice is to name the report."""
+    named = "name the JSON document that --report or --json wrote."
+    if not path.is_file():
+        there = "this is no file." if path.exists() else "no such file."
+        raise NotFoundError(there, where=path, fix=named)
     try:
         loaded = strict_json.load_object(path, limit=1 << 31)
     except FormatError as e:
         raise FormatError(
             f"not a report: {e.what}", where=path,
-            fix="name the JSON document that --report or --json wrote.",
+            fix=named,
         ) from e  # fmt: skip
     reports.validate(loaded)
     return loaded

@@ -331,12 +331,13 @@ _LAYERS = {
     "from": "hidden states differ from layer {first} on",
     "final": "only what follows the last block differs",
     "head": "hidden states agree, logits do not",
-    "nan": "what layer {first} puts out is the first that is not finite",
+    "nan": "what {place} puts out is the first that is not finite",
 }
 
 
 def _because(p: Pattern) -> str:
-    parts = [_LAYERS[p.layers].format(first=p.first, second=p.second)]
+    place = f"layer {p.first}" if p.first >= 0 else "the embedding"
+    parts = [_LAYERS[p.layers].format(first=p.first, second=p.second, place=place)]
     if p.positions == "far":
         parts.append(f"from position {p.position} on (the window is {p.window})")
     if p.tap is not None:

@@ -133,6 +133,9 @@ def compare_identity(ref: Side, cand: Side) -> Identity:
     ]
     if (alone := only_one(ref, cand)) is not None:
         untested.append(alone)
+    for name, side in (("reference", ref), ("candidate", cand)):
+        ignored = () if side.sidecars is None else side.sidecars.ignored
+        untested += [f"Beside the {name}, {said}." for said in ignored]
     return Identity(tuple(differences), len(KINDS), pieces, tuple(untested))
 
 

@@ -206,7 +206,7 @@ def run_lockstep(
     batches = plan_batches([len(p.tokens) for p in chosen], batch_tokens)
     for index in batches[shard[0] :: shard[1]]:
         members = [chosen[i] for i in index]
-        tokens, real = padded([p.tokens for p in members], ref.config.pad_token_id)
+        tokens, real = padded([p.tokens for p in members], ref.config.filler)
         if walk:
             final = run.blocks(members, tokens, real)
         else:

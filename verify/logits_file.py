@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import secrets
 import shutil
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..convert.progress import SILENT, Tick
-from ..formats.errors import FormatError, NotFoundError, SpaceError, UsageError
+from ..formats.errors import (
+    FileIOError,
+    FormatError,
+    LockedError,
+    NotFoundError,
+    SpaceError,
+    UsageError,
+)
 from ..formats.named_files import load_ids
 from .runners import Runner
 
@@ -51,6 +59,11 @@ def as_ids(ids: Any, where: str | Path | None = None) -> Array:
             where=where,
             fix="save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids).",
         )
+    if int(ids.max()) > np.iinfo(np.int64).max:
+        raise FormatError(
+            f"token id {int(ids.max())} is in no vocabulary.", where=where,
+            fix="save ids of the model's tokenizer.",
+        )  # fmt: skip
     return np.atleast_2d(ids).astype(np.int64)
 
 
@@ -77,7 +90,7 @@ def write_logits(
         UsageError: ids outside the vocabulary.
         SpaceError: the disk is too small.
     """
-    out = Path(out)
+    out = Path(out).resolve()  # what a link leads to is replaced, not the link
     if out.exists() and not out.is_file():  # a device or pipe would be replaced by the file
         raise UsageError(
             "the logits are written out of order, into a file; this is none.", where=out
@@ -101,20 +114,59 @@ def write_logits(
         if length > context
         else []
     )  # fmt: skip
-    # a name nobody can know before: a link laid under a known one would be written through
-    partial = out.with_name(f".{out.name[:200]}.{secrets.token_hex(8)}.partial")
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    partial = out.with_name(f".{out.name[:200]}.partial")
+    fd = _claim(partial)
     try:
         os.ftruncate(fd, size)
         os.pwrite(fd, head, 0)
         bad = _write(fd, len(head), runner, tokens, progress)
         os.fsync(fd)
-        os.close(fd)
         partial.replace(out)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(fd)
     return {"shape": list(shape), "bytes": size, "non_finite": bad, "notes": notes}
+
+
+def _claim(partial: Path) -> int:
+    """A new file, locked while it is written; one that a killed run left behind makes way.
+
+    Raises:
+        LockedError: another run is writing it.
+    """
+    while True:
+        try:
+            with suppress(FileExistsError):
+                fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                _lock(fd, partial)
+                return fd
+            old = os.open(partial, os.O_RDWR | os.O_NOFOLLOW)  # never through a link
+        except FileNotFoundError:  # gone meanwhile
+            continue
+        except OSError as e:
+            raise FileIOError(
+                f"cannot write: {e.strerror}.", where=partial,
+                fix="remove it, or name another file.",
+            ) from e  # fmt: skip
+        try:
+            _lock(old, partial)
+            partial.unlink(missing_ok=True)
+        finally:
+            os.close(old)
+
+
+def _lock(fd: int, partial: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(
+            "another run is writing these logits.", where=partial,
+            fix="wait for it, or name another file.",
+        ) from None  # fmt: skip
+    except OSError:  # a file system without locks
+        pass
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

@@ -60,6 +60,7 @@ def measure(
         G2Error: something cannot be read or run.
     """
     meter = progress or Silent()
+    options.require_embeddings(recorded=(ref.recording is not None, cand.recording is not None))
     identity = compare_identity(ref, cand)
     part = frame_of(ref, cand, options, identity, run)
     if identity.of(SIZE):

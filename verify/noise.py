@@ -154,7 +154,7 @@ class Floor:
         """
         try:
             estimates = tuple(_estimate(e) for e in data["estimators"])
-            skipped = tuple((str(a), str(b)) for a, b in data["skipped"])
+            skipped = tuple((_text(a), _text(b)) for a, b in data["skipped"])
             k = float(data["k"])
             if not estimates or data["dtype"] not in _UNIT or not (math.isfinite(k) and k > 0):
                 raise ValueError
@@ -183,10 +183,22 @@ def _estimate(data: Any) -> Estimate:
     if any(not math.isfinite(x) or x < 0 for x in flat):
         raise ValueError
     return Estimate(
-        str(data["name"]), str(data["dtype"]), int(data["tokens"]), int(data["documents"]),
+        _text(data["name"]), _text(data["dtype"]), _count(data["tokens"]), _count(data["documents"]),
         numbers["kl_max"], numbers["kl_mean"], numbers["rms_logit"],
         lists["hidden"], lists["isolated"], taps,
     )  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 40:
+        raise ValueError
+    return value
 
 
 def _most(floor: Floor) -> Estimate:

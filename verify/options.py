@@ -59,7 +59,8 @@ class Options:
         if not 1 <= self.k <= 1e6:
             raise UsageError(
                 f"k is {self.k:g}, expected 1 to 1e6: a threshold below the noise floor means nothing, and far above "
-                "it lets every fault pass."
+                "it lets every fault pass.",
+                fix="leave it out for 10.",
             )
         for path in (self.text, self.tokens):
             if isinstance(path, str | Path) and not Path(path).exists():
@@ -75,6 +76,25 @@ class Options:
                 f"a recording has its own tokens, so {' and '.join(given)} cannot apply.",
                 fix=f"leave out {' and '.join(given)}, or record again with {'it' if len(given) == 1 else 'them'}.",
             )
+
+    def require_embeddings(self, *, recorded: tuple[bool, bool]) -> None:
+        """Raise an error if an embedding is named for a side that is no recording, or is not there.
+
+        Args:
+            recorded: whether reference and candidate are recordings.
+        """
+        given = (self.reference_embedding, self.candidate_embedding)
+        for side, path, needs in zip(("reference", "candidate"), given, recorded, strict=True):
+            if path is not None and not needs:
+                raise UsageError(
+                    f"--{side}-embedding is for a recording, the {side} is a checkpoint and has its own.",
+                    fix="leave it out.",
+                )
+            if isinstance(path, str | Path) and not Path(path).exists():
+                raise NotFoundError(
+                    "no such file or directory.", where=path,
+                    fix="name a checkpoint with the recorded embedding.",
+                )  # fmt: skip
 
     @property
     def share(self) -> tuple[int, int]:

@@ -290,7 +290,8 @@ class _Builder:
             if len(wrong):
                 raise UsageError(
                     f"token id {ids[wrong[0]]} of document {i}, position {wrong[0]} is outside the vocabulary of "
-                    f"{self.config.vocab_size}."
+                    f"{self.config.vocab_size}.",
+                    fix=f"give ids from 0 to {self.config.vocab_size - 1}, made by this model's tokenizer.",
                 )
             if len(ids) > self.context:
                 raise UsageError(

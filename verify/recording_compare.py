@@ -133,7 +133,7 @@ class _Against:
     def batch(self, batch: Sequence[int]) -> None:
         """Run and compare some probes."""
         probes = [self.recording.probes.probes[i] for i in batch]
-        tokens, real = padded([p.tokens for p in probes], self.cand.config.pad_token_id)
+        tokens, real = padded([p.tokens for p in probes], self.cand.config.filler)
         first = self.cand.start(tokens, real)
         if self.walk:
             assert first is not None

@@ -21,9 +21,10 @@ _KEYS = (
     "schema", "id", "kind", "model", "runner", "settings", "environment", "floor", "probes",
     "files", "run", "self_sha256",
 )  # fmt: skip
-_FIELDS: tuple[tuple[str, str, type], ...] = (
+_FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("probes", "profile", str), ("probes", "seed", int), ("probes", "skipped", list),
-    ("probes", "sha256", str), ("runner", "name", str), ("runner", "dtype", str),
+    ("probes", "sha256", str), ("runner", "name", str), ("runner", "dtype", str), ("runner", "device", str),
+    ("runner", "version", str | None), ("model", "parameters", int),
     ("model", "format", str), ("model", "layout", str), ("model", "dtypes", dict),
     ("model", "quantized", int), ("settings", "embedding", bool),
 )  # fmt: skip
@@ -60,6 +61,9 @@ def parse(document: Mapping[str, Any], where: Path) -> tuple[schema.Sizes, Gemma
         _check_row(check, row)
     for section, key, kind in _FIELDS:
         check.get(document[section], key, section, kind)
+    check.count(document["model"], "quantized", "model")
+    for name in document["model"]["dtypes"]:
+        check.count(document["model"]["dtypes"], name, "model.dtypes")
     skipped = document["probes"]["skipped"]
     check.require(all(isinstance(x, dict) for x in skipped), "probes.skipped", "objects")
     for entry in skipped:

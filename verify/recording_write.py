@@ -27,6 +27,7 @@ from ..formats.errors import NonFiniteError, UsageError
 from ..formats.files import InputFile
 from ..formats.manifest import TensorEntry, file_digest
 from ..model import canonical
+from ..sealed import unicode
 from . import recording_schema as schema
 from .batches import BATCH_TOKENS, padded, plan_batches, targets
 from .runners import RUNNERS, Runner
@@ -124,7 +125,7 @@ def record(
             "probes": _probes(probes),
             "files": files,
             "run": {
-                "command": command,
+                "command": None if command is None else unicode(command),
                 "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.time() - started, 3),
                 "host": platform.node(),
@@ -175,7 +176,8 @@ class _Work:
         wrong = np.flatnonzero((tokens < 0) | (tokens >= config.vocab_size))
         if len(wrong):
             raise UsageError(
-                f"token id {tokens[wrong[0]]} of the probes is outside the vocabulary of {config.vocab_size}."
+                f"token id {tokens[wrong[0]]} of the probes is outside the vocabulary of {config.vocab_size}.",
+                fix=f"give ids from 0 to {config.vocab_size - 1}, made by this model's tokenizer.",
             )
         kind = schema.HIDDEN if "blocks" in runner.gives else schema.TOP_K
         if embedding and kind == schema.TOP_K:
@@ -213,7 +215,7 @@ class _Writer:
 def _run_batch(work: _Work, batch: Sequence[int], writer: _Writer) -> None:
     runner, lengths = work.runner, [len(work.probes.probes[i].tokens) for i in batch]
     sequences = [work.probes.probes[i].tokens for i in batch]
-    ids, real = padded(sequences, runner.config.pad_token_id)
+    ids, real = padded(sequences, runner.config.filler)
     place = _Place(work, batch, lengths)
     first = runner.start(ids, real)
     if work.sizes.kind == schema.HIDDEN:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.errors import FormatError, UsageError
+from ..formats.errors import FormatError, G2Error, UsageError
 from ..formats.named_files import load_ids, read_text
 
 SNIPPETS = "snippets"
@@ -80,7 +80,7 @@ def user_text(path: str | Path) -> Text:
     path = Path(path)
     content = read_text(path)
     if not content.strip():
-        raise FormatError("there is no text in it.", where=path)
+        raise FormatError("there is no text in it.", where=path, fix="name a file with text.")
     return Text(path.name, "text", content)
 
 
@@ -94,23 +94,24 @@ def user_tokens(
 
     Raises:
         FileIOError: the file cannot be read.
-        FormatError: it is no array of numbers.
-        UsageError: not whole numbers of one of these shapes, or none.
+        FormatError: it holds something else.
+        UsageError: the array is something else.
     """
+    wrong: type[G2Error]
     if isinstance(source, str | Path):
-        where: Path | None = Path(source)
-        ids = load_ids(Path(source))
+        where, wrong = Path(source), FormatError
+        ids = load_ids(where)
     else:
-        where, ids = None, np.asarray(source)
+        where, wrong, ids = None, UsageError, np.asarray(source)
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
-        raise UsageError(
+        raise wrong(
             f"token ids must be whole numbers of shape [length] or [documents, length], found {ids.dtype} "
             f"{list(ids.shape)}.",
             where=where,
             fix="save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids).",
         )
     if int(ids.max()) > np.iinfo(np.int64).max:
-        raise UsageError(
+        raise wrong(
             f"token id {int(ids.max())} is in no vocabulary.", where=where,
             fix="save ids of the model's tokenizer.",
         )  # fmt: skip

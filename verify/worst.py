@@ -93,7 +93,7 @@ def likely_tokens(
 def _tops(runner: Runner, places: Sequence[tuple[Probe, int]]) -> list[list[list[float]]]:
     """Of the last token of every sequence; padded in front, so that the embedding is read once for all of them."""
     length = max(at + 1 for _, at in places)
-    tokens = np.full((len(places), length), runner.config.pad_token_id, np.int64)
+    tokens = np.full((len(places), length), runner.config.filler, np.int64)
     real = np.zeros(tokens.shape, bool)
     for row, mask, (p, at) in zip(tokens, real, places, strict=True):
         row[length - at - 1 :], mask[length - at - 1 :] = p.tokens[: at + 1], True

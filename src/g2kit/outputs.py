@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from .convert.detect import belongs_to_checkpoint
 from .formats.errors import FileIOError, UnsafePathError, UsageError, printable
 
 Render = Callable[[Mapping[str, Any]], str]
@@ -22,7 +23,7 @@ class Outputs:
     a read-only file system shows at once. :meth:`write` puts each complete file in place; leaving removes what is left.
 
     Args:
-        paths: kind -> file, None for those not asked for.
+        paths: kind -> file, None for those not asked for. A link is followed: what it leads to is replaced.
         inputs: what must not be overwritten: files, or directories that nothing is written into; they need not be there yet.
         others: kind -> file that the command writes by other means.
     """
@@ -33,7 +34,7 @@ class Outputs:
         inputs: Iterable[str | Path] = (),
         others: Mapping[str, Path | None] | None = None,
     ) -> None:
-        self.paths = {kind: path for kind, path in paths.items() if path is not None}
+        self.paths = {kind: _followed(path) for kind, path in paths.items() if path is not None}
         self._others = {k: path for k, path in (others or {}).items() if path is not None}
         self.inputs = [Path(p) for p in inputs]
         self._temporary: dict[str, Path | None] = {}
@@ -87,15 +88,29 @@ class Outputs:
         for kind, path in self.paths.items():
             real = path.resolve()
             if real in seen:
-                raise UsageError(f"--{seen[real]} and --{kind} name the same file.", where=path)
+                raise UsageError(
+                    f"--{seen[real]} and --{kind} name the same file.", where=path,
+                    fix="give each a name of its own.",
+                )  # fmt: skip
             seen[real] = kind
+            if _is_standard_output(path):
+                raise UsageError(
+                    f"--{kind} is standard output, where the command itself writes.", where=path,
+                    fix="name a file; --json prints the one document to standard output.",
+                )  # fmt: skip
             for source in sources:
                 if real == source or source in real.parents:
-                    where = "is an input" if real == source else "lies in a checkpoint"
                     raise UnsafePathError(
-                        f"--{kind} {where} of this command.", where=path,
-                        fix="write reports beside the checkpoints, not into them.",
+                        f"--{kind} {'is' if real == source else 'lies in'} an input of this command.",
+                        where=path, fix="name a new file, beside the inputs.",
                     )  # fmt: skip
+
+        for kind, path in self.paths.items():
+            if path.is_file() and belongs_to_checkpoint(path.name):
+                raise UnsafePathError(
+                    f"--{kind} would replace a file that by its name belongs to a checkpoint or recording.",
+                    where=path, fix="choose another name, or remove that file first.",
+                )  # fmt: skip
 
     def _clear(self) -> None:
         for temporary in self._temporary.values():
@@ -108,7 +123,10 @@ def _claim(path: Path) -> Path | None:
     """An empty file beside ``path`` to become it; None where ``path`` is a pipe or a device."""
     try:
         if path.is_dir():
-            raise UsageError("this is a directory, expected a file to write.", where=path)
+            raise UsageError(
+                "this is a directory, expected a file to write.", where=path,
+                fix="name a file in it.",
+            )  # fmt: skip
         if path.exists() and (not stat.S_ISREG(path.stat().st_mode) or _is_stream(path)):
             return None
         if path.exists() and not os.access(path, os.W_OK):
@@ -121,6 +139,21 @@ def _claim(path: Path) -> Path | None:
             fix="make the directory, or name another place.",
         ) from e  # fmt: skip
     return temporary
+
+
+def _followed(path: Path) -> Path:
+    """Where a link leads; anything else, and an open file's name, as it is."""
+    return path.resolve() if path.is_symlink() and not _is_stream(path) else path
+
+
+def _is_standard_output(path: Path) -> bool:
+    """Whether what is printed lands there too, ``/dev/null`` aside."""
+    try:
+        there, printed = path.stat(), os.fstat(1)
+    except OSError:  # nothing there, or no standard output
+        return False
+    nowhere = stat.S_ISCHR(printed.st_mode) and not os.isatty(1)
+    return os.path.samestat(there, printed) and not nowhere
 
 
 def _is_stream(path: Path) -> bool:

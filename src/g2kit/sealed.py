@@ -16,7 +16,7 @@ def sealed(document: Mapping[str, Any], run: Mapping[str, Any] | None = None) ->
     )
     text = json.dumps(found, sort_keys=True, allow_nan=False)
     digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    return {**found, "content_id": digest, "run": None if run is None else dict(run)}
+    return {**found, "content_id": digest, "run": None if run is None else plain(run)}
 
 
 def dumps(document: Mapping[str, Any]) -> str:
@@ -24,10 +24,17 @@ def dumps(document: Mapping[str, Any]) -> str:
     return json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
+def unicode(text: str) -> str:
+    """Text that is Unicode: bytes of a path that are none, which Python keeps as half characters, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def plain(value: Any) -> Any:
     """Only what JSON can hold, keys in order; numbers that do not exist are null."""
     if isinstance(value, Mapping):
-        return {str(k): plain(value[k]) for k in sorted(value, key=str)}
+        return {unicode(str(k)): plain(value[k]) for k in sorted(value, key=str)}
+    if isinstance(value, str):
+        return unicode(value)
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
