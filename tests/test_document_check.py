@@ -52,8 +52,14 @@ def error_that_passed(d: Document) -> None:
     d |= {"claims": [], "error": {"code": "E_FORMAT", "message": "x"}}
 
 
+def numbers_that_fail(d: Document) -> None:
+    proof = next(e for c in d["claims"] for e in c["evidence"] if e["threshold"] is not None)
+    proof["value"] = proof["threshold"] + (-1 if proof["better"] == "higher" else 1)
+
+
 @pytest.mark.parametrize(
-    "change", [failed_claim, no_claims, other_exit, other_verdict, error_that_passed]
+    "change",
+    [failed_claim, no_claims, other_exit, other_verdict, error_that_passed, numbers_that_fail],
 )
 def test_a_report_that_contradicts_itself_is_refused(
     change: Callable[[Document], None], text: str, tmp_path: Path, capsys: Any

@@ -1,4 +1,4 @@
-"""Whether a report that was read agrees with itself: its verdict and exit code follow from its claims."""
+"""Whether a report that was read agrees with itself: claims with their numbers, verdict and exit code with the claims."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..formats.errors import FormatError
-from .claims import ERROR, EXITS, Claim, overall
+from ..formats.errors import FormatError, printable
+from .claims import ERROR, EXITS, PASS, Claim, overall
 
 
 def check_verdict(document: Mapping[str, Any], where: Path) -> None:
-    """Refuse a report whose verdict is not that of its claims; a seal can be made again by anyone.
+    """Refuse a report whose verdict is not that of its claims and numbers; a seal can be made again by anyone.
 
     Args:
         document: a valid ``g2kit.report/1``.
         where: its file.
 
     Raises:
-        FormatError: verdict or exit code do not follow from the claims.
+        FormatError: verdict or exit code do not follow from the claims, or a claim not from its numbers.
     """
+    for claim in document["claims"]:
+        for e in claim["evidence"]:
+            if claim["verdict"] == PASS and _is_beyond(e):
+                raise FormatError(
+                    f"the report contradicts itself: {claim['id']} is a PASS with {printable(e['metric'])} "
+                    f"{e['value']:.3g} beyond {e['threshold']:.3g}.",
+                    where=where, fix="run the comparison again.",
+                )  # fmt: skip
     claims = [Claim(c["id"], c["title"], c["verdict"], c["sentence"]) for c in document["claims"]]
     found = document["verdict"], document["exit_code"]
     if not claims and document.get(
@@ -38,3 +46,11 @@ def check_verdict(document: Mapping[str, Any], where: Path) -> None:
             where=where,
             fix="run the comparison again.",
         )
+
+
+def _is_beyond(evidence: Mapping[str, Any]) -> bool:
+    value, threshold = evidence["value"], evidence["threshold"]
+    if value is None or threshold is None:
+        return False
+    beyond = value < threshold if evidence.get("better") == "higher" else value > threshold
+    return bool(beyond)
