@@ -1,6 +1,6 @@
 """Checkpoints of real shapes with random weights, generated as they are read: no disk, no memory.
 
-Values are normal with deviation 0.02 in bfloat16, so they compress as trained weights do; queries are eight times as large,
+Values are normal with deviation 0.02 in bfloat16, so they compress as trained weights do; queries are twice as large,
 or attention scores would stay far below their soft-cap and a comparison could not see it. Each tensor is a window into one
 block of random numbers, shifted by its name: tensors differ, and generating costs no more than copying.
 """
@@ -24,7 +24,7 @@ from g2kit.model.config import GemmaConfig
 from g2kit.model.config_formats import ConfigReading
 
 BLOCK = 1 << 25  # elements: 64 MiB
-LARGER = {"q_proj": 8}  # powers of two: exact
+LARGER = {"q_proj": 2}  # powers of two: exact
 
 
 @cache
