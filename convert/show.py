@@ -232,8 +232,12 @@ def warnings(r: Report) -> list[str]:
     return [f"warning: {printable(w, 2000)}" for w in r.get("warnings", [])]
 
 
+def _files(n: int) -> str:
+    return "1 file" if n == 1 else f"{n} files"
+
+
 def checked(r: Report) -> str:
     """``g2conv check``."""
-    ok = f"ok  {printable(r['path'])}: {r['files']} files and {r['tensors']} tensors match the manifest"
+    ok = f"ok  {printable(r['path'])}: {_files(r['files'])} and {r['tensors']} tensors match the manifest"
     notes = [f"note     {printable(n, 2000)}" for n in r["notes"]]
     return "\n".join([ok, f"    {r['fingerprint']}", *notes])

@@ -63,15 +63,22 @@ def _front_matter(document: Document) -> list[str]:
         return []
     found = [(name, kind, _at(overall, path)) for name, kind, path in _METRICS]
     metrics = [(name, kind, v) for name, kind, v in found if v is not None]
-    return ["```yaml", *model_index(_probes(document), metrics), "```"] if metrics else []
+    name = base_name((document["identity"].get("candidate") or {}).get("path") or "")
+    return ["```yaml", *model_index(name, _probes(document), metrics), "```"] if metrics else []
+
+
+def base_name(path: str) -> str:
+    """The last part of a path."""
+    return path.rstrip("/").rpartition("/")[2] or path
 
 
 def model_index(
-    dataset: str, metrics: Sequence[tuple[str, str, float]], *, kind: str = "probes"
+    name: str, dataset: str, metrics: Sequence[tuple[str, str, float]], *, kind: str = "probes"
 ) -> list[str]:
     """Lines of the ``model-index`` of a front matter; none without metrics.
 
     Args:
+        name: the model's.
         dataset: what they were measured on.
         metrics: name, type and value of each.
         kind: of the data set.
@@ -80,14 +87,14 @@ def model_index(
         return []
     return [
         "model-index:",
-        '  - name: ""',
+        f"  - name: {quoted(name)}",
         "    results:",
         "    - task: {type: text-generation}",
         f"      dataset: {{name: {quoted(dataset)}, type: {kind}}}",
         "      metrics:",
         *(
-            f"        - name: {json.dumps(name)}\n          type: {figure}\n          value: {value!r}"
-            for name, figure, value in metrics
+            f"        - name: {json.dumps(metric)}\n          type: {figure}\n          value: {value!r}"
+            for metric, figure, value in metrics
         ),
     ]
 

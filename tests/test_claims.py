@@ -118,6 +118,17 @@ def test_w2_fails_beyond_its_bound() -> None:
     assert "RMS error 3 steps" in found.sentence
 
 
+def test_w2_counts_tensors_upwards() -> None:
+    found = claims(replace(BASE, rows=[PACKED_ROW], quantized=True, budget=1.0))["W2"]
+    assert [(p.value, p.threshold, p.better) for p in found.evidence[:1]] == [(1, 1, "higher")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_l1_names_the_compute_type(dtype: str) -> None:
+    sentence = claims(replace(BASE, dtypes=(dtype, dtype)))["L1"].sentence
+    assert f"noise of {dtype}" in sentence
+
+
 def test_rounding_that_changed_nothing_is_lossless() -> None:
     exact = Row("c", (2,), "bf16", "f16", NARROWED, "PASS", 2, 0)
     assert not exact.lossy

@@ -128,6 +128,14 @@ def test_a_nan_is_put_down_to_the_tensors_that_differ() -> None:
     ]
 
 
+def test_a_damaged_tensor_among_rounded_ones_is_named() -> None:
+    r = result(dict.fromkeys(range(4), (0.1, 0)))
+    rounded = Row("good", (2,), "bf16", "int4", "quantized", "PASS", 0, 2)
+    bad = replace(rounded, name="bad", verdict="FAIL", note="not the weight that was written")
+    found = hypotheses(r, sample_floor(), rows=[rounded, bad], lossy=True)
+    assert [h.text for h in found] == ["bad is damaged: not the weight that was written"]
+
+
 def test_differences_of_configurations_come_first_where_they_fit() -> None:
     window = {"field": "sliding_window", "reference": 64, "candidate": 32}
     theta = {"field": "rope_theta", "reference": 1e4, "candidate": 1e6}

@@ -98,6 +98,17 @@ def test_a_disk_that_fills_up_keeps_no_half_report(
     assert page.read_text() == "old"
 
 
+def test_transformers_is_not_asked_to_load_another_layout(tmp_path: Path, capsys: Any) -> None:
+    from g2kit.convert import convert
+
+    convert(SAMPLE, tmp_path / "flax", to="flax")
+    args = ("--cand-runner", "transformers", "--profile", "smoke")
+    status, _, err = run("compare", SAMPLE, str(tmp_path / "flax"), *args, capsys=capsys)
+    assert status == 3
+    assert "transformers reads Hugging Face's layout, this is flat" in err
+    assert "--to safetensors" in err
+
+
 def test_a_model_that_transformers_cannot_run(tmp_path: Path, capsys: Any) -> None:
     model = Path(shutil.copytree(SAMPLE, tmp_path / "m"))
     config = json.loads((model / "config.json").read_text())

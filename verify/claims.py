@@ -120,7 +120,11 @@ def _w1_by_fingerprint(e: Evidence, rule: Rule) -> Claim:
         )  # fmt: skip
     if a == b:
         return rule.claim(PASS, f"Fingerprints are equal: the recorded weights, bit for bit ({a}).")
-    return rule.claim(FAIL, f"Fingerprints differ: {a} was recorded, the candidate is {b}.")
+    return rule.claim(
+        FAIL,
+        f"Fingerprints differ: {a} was recorded, the candidate is {b}; what a lossy conversion costs is measured "
+        "against the checkpoint itself.",
+    )
 
 
 def _w2(e: Evidence, rule: Rule) -> Claim:
@@ -136,6 +140,7 @@ def _w2(e: Evidence, rule: Rule) -> Claim:
             len(rows),
             "tensors",
             "analytic",
+            "higher",
         ),
         Proof("relative error, largest", max(errors, default=0.0)),
         Proof("error in steps, largest", max(steps, default=0.0), unit="steps"),
@@ -201,11 +206,13 @@ def _same_function(e: Evidence, rule: Rule) -> Claim:
     """L1, L2, X1: within the noise floor, on evidence that covers the model."""
     m, limits = e.measured, e.limits
     assert m is not None
-    return _within_floor(m, limits, rule, _WORDS[rule.id], e.failed_checks, e.uncovered)
+    coarsest = "float64" if set(e.dtypes) == {"float64"} else "float32"
+    words = _WORDS[rule.id].format(dtype=coarsest)
+    return _within_floor(m, limits, rule, words, e.failed_checks, e.uncovered)
 
 
 _WORDS = {
-    "L1": "the difference is noise of float32",
+    "L1": "the difference is noise of {dtype}",
     "L2": "the difference is noise of the compute type",
     "X1": "the difference is noise of the two machines",
     "Q2": "the kernel's difference is noise",

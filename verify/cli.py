@@ -201,7 +201,12 @@ def self_test(model: Path, **o: Any) -> None:
 @g2verify.command(short_help="Write a model's logits to a .npy file.")
 @path("model")
 @path_option("tokens", "Token ids, [n] or [batch, n].", metavar="FILE.npy", required=True)
-@path_option("out", "Written: float32 [batch, n, vocabulary].", metavar="FILE.npy", required=True)
+@path_option(
+    "out",
+    "Written, or replaced: float32 [batch, n, vocabulary].",
+    metavar="FILE.npy",
+    required=True,
+)
 @engine_options(two=False)
 @config_options(two=False)
 @commands.as_json("Print shape and place as JSON.")

@@ -263,6 +263,8 @@ def _blocks(f: Findings) -> dict[str, Any]:
         lossy=lossy,
     )
     found["hypotheses"] = [h.to_json() for h in guesses]
+    if lossy and any(r.verdict != PASS for r in f.rows or ()):
+        return found  # where rounded weights part says nothing of the damaged one
     if first is not None:
         tap = f.inside.tap if f.inside is not None and f.inside.layer == first.layer else None
         place = {

@@ -149,6 +149,6 @@ def cost_lines(e: Mapping[str, Any]) -> list[str]:
     return [
         f"work     {e['flop'] / 1e9:.3g} GFLOP at {e['gflop_per_second']} GFLOP/s (measured)",
         f"read     {size(e['bytes_read'])} at {size(e['bytes_per_second'])}/s (measured)",
-        f"time     about {seconds(e['seconds'])}",
+        f"time     about {seconds(e['seconds'])}, and some seconds to start and to write reports",
         f"memory   about {size(e['memory_bytes'])} of {size(e['memory_available'])}{fits}",
     ]

@@ -153,7 +153,8 @@ def not_verified(f: Findings) -> list[str]:
         )
     if part["candidate"]["quantized"] and f.kernel is None:
         said.append(
-            "The kernel that serves the packed weights was not run; --cand-runner names it."
+            "The kernel that serves the packed weights was not run (torch and jax dequantize them): "
+            "name its program, --cand-runner transformers or llama_cpp."
         )
     return said
 

@@ -177,7 +177,7 @@ def hypotheses(
         inside: what :func:`.divergence.look_inside` found in the first divergent block.
         scan: what :func:`.divergence.scan_taps` found, where no block's output is beyond the floor.
         differences: ``{"field", "reference", "candidate"}`` of the configurations.
-        rows: the ledger: where something is not finite, its failed tensors are the likeliest cause.
+        rows: the ledger: where something is not finite, or all weights are rounded, its failed tensors are the likeliest cause.
         lossy: the candidate's weights are known to be rounded or quantized.
 
     Returns:
@@ -186,8 +186,9 @@ def hypotheses(
     p = pattern_of(result, floor, inside=inside, scan=scan, lossy=lossy)
     if p is None:
         return []
-    because = _because(p)
-    damaged = _damaged(rows) if p.layers == "nan" else []
+    place = _place(result, p.first)
+    because = _because(p, place)
+    damaged = _damaged(rows) if lossy or p.layers == "nan" else []
     if damaged:
         return [Hypothesis(text, because) for text in damaged[:LIMIT]]
     shown = [d for d in differences if _shows(d["field"], p)]
@@ -199,7 +200,7 @@ def hypotheses(
         )
         for d in shown
     ]
-    facts = {"first": p.first, "second": p.second, "place": _place(result, p.first)}
+    facts = {"first": p.first, "second": p.second, "place": place}
     named = {d["field"] for d in shown}
     rule = next((r for r in RULES if r.fits(p)), None)
     if rule is not None and not named & set(rule.fields):
@@ -335,8 +336,7 @@ _LAYERS = {
 }
 
 
-def _because(p: Pattern) -> str:
-    place = f"layer {p.first}" if p.first >= 0 else "the embedding"
+def _because(p: Pattern, place: str) -> str:
     parts = [_LAYERS[p.layers].format(first=p.first, second=p.second, place=place)]
     if p.positions == "far":
         parts.append(f"from position {p.position} on (the window is {p.window})")

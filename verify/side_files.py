@@ -13,7 +13,6 @@ from typing import Any
 from ..convert.sidecar_files import (
     GENERATION,
     SPECIAL_TOKENS,
-    TEMPLATE,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -75,12 +74,17 @@ def only_one(ref: Side, cand: Side) -> str | None:
         for side, other in (("reference", "candidate"), ("candidate", "reference"))
         for name in sorted(sides[side] - sides[other])
     ]
-    return f"Not compared, only one side has them: {', '.join(alone)}." if alone else None
+    if not alone:
+        return None
+    why = "only one side has them"
+    if _gguf(ref) or _gguf(cand):
+        why = "who loads a GGUF file takes none of them from beside it"
+    return f"Not compared, {why}: {', '.join(alone)}."
 
 
 def _kinds(side: Side) -> set[str]:
     found = {name for name in (TOKENIZER_JSON, *_JSON) if _json(side, name) is not None}
-    return found | ({TEMPLATE} if _template(side) is not None else set())
+    return found | ({"chat template"} if _template(side) is not None else set())
 
 
 def _gguf(side: Side) -> Mapping[str, Any]:

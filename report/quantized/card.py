@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..markdown import code, plain
-from ..model_card import model_index, quoted
+from ..model_card import base_name, model_index, quoted
 from ..numerals import count, interval, nbytes, number, percent
 from ..parts import Document
 from . import consumers
@@ -50,7 +50,7 @@ def _what(document: Document) -> list[str]:
     version = document["environment"].get("g2kit")
     method = METHODS.get(document["method"], document["method"])
     pairs = [
-        ("Made from", f"{code(_name(source['path']))} ({code(source['fingerprint'] or 'no fingerprint')})"),
+        ("Made from", f"{code(base_name(source['path']))} ({code(source['fingerprint'] or 'no fingerprint')})"),
         ("With", plain(f"g2quant{f' {version}' if version else ''}, {method}; taken: {methods(document)}")),
         ("Scheme", plain(f"{schemes(document)}, {number(document['bits_per_weight'], 4)} bits per linear weight")),
         ("Format", plain(f"{document['format']}, {nbytes(output['bytes'])}; the weights were {nbytes(size['weights_before'])}")),
@@ -111,25 +111,21 @@ def _front_matter(document: Document) -> list[str]:
     dataset = _dataset(document)
     return [
         "```yaml",
-        f"base_model: {quoted(_name(document['source']['path']))}",
+        f"base_model: {quoted(base_name(document['source']['path']))}",
         "base_model_relation: quantized",
         *([f"library_name: {library}"] if library else []),
         "tags:",
         *(f"- {json.dumps(t)}" for t in ("g2quant", document["format"].partition("-q")[0])),
-        *model_index(dataset, known, kind="held-out"),
+        *model_index(base_name(document["output"]["path"]), dataset, known, kind="held-out"),
         "```",
     ]
 
 
 def _dataset(document: Document) -> str:
     c = document["calibration"] or {}
-    source = "self" if c.get("source", SELF) == SELF else _name(c["source"])
+    source = "self" if c.get("source", SELF) == SELF else base_name(c["source"])
     return (
         "held-out text, written by the original model"
         if source == SELF
         else f"held-out part of {source}"
     )
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2] or path

@@ -69,7 +69,10 @@ def _held_out(document: Document) -> str | None:
     if c is None or not c.get("held_out_tokens"):
         return None
     kind = "of the same kind" if c["source"] == SELF else "of the same source"
-    return f"{c['held_out_tokens']:,} tokens {kind}: one half chose between methods, the other measures the result"
+    both = "one half chose between methods, the other measures the result"
+    if c.get("held_out_sequences") == 1:
+        both = "one sequence, for choosing between methods and for measuring the result"
+    return f"{c['held_out_tokens']:,} tokens {kind}: {both}"
 
 
 def _continued(blocks: int | None) -> str | None:

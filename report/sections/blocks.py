@@ -39,12 +39,15 @@ def section(document: Document) -> Section | None:
     blocks = document.get("blocks")
     if not blocks or not blocks["layers"]:
         return None
-    hypotheses = [
-        call(f"{h['text'][:1].upper()}{h['text'][1:]}", f"Why: {h['because']}")
-        for h in blocks["hypotheses"]
-    ]
+    hypotheses = [call(_capital(h["text"]), f"Why: {h['because']}") for h in blocks["hypotheses"]]
     body = stack(_plot(blocks), *hypotheses)
     return Section("blocks", "Error by block", _lede(blocks), body)
+
+
+def _capital(text: str) -> str:
+    """A sentence's beginning; a tensor's name stays as it is."""
+    name = "." in text.partition(" ")[0]
+    return text if name else f"{text[:1].upper()}{text[1:]}"
 
 
 def _lede(blocks: Document) -> str:

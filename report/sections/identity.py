@@ -88,10 +88,9 @@ def _named(runner: Document) -> str | None:
 
 
 def _dtypes(side: Document) -> str | None:
-    parts = [f"{n} × {name}" for name, n in sorted((side.get("dtypes") or {}).items())]
-    if side.get("quantized"):
-        parts.append(f"{side['quantized']} quantized")
-    return ", ".join(parts) or None
+    return (
+        ", ".join(f"{n} × {name}" for name, n in sorted((side.get("dtypes") or {}).items())) or None
+    )
 
 
 def _row(cells: tuple[tuple[str, str | None], ...]) -> Html:

@@ -21,7 +21,7 @@ _COLUMNS = (
     Column("Error in steps", True),
     Column("Limit", True),
     Column("Hash"),
-    Column("Note"),
+    Column("Note", cls="remark"),
 )
 
 

@@ -99,7 +99,8 @@ def _bar(e: Document, verdict: str, low: float, high: float) -> Html:
         return Html()
     finite = [min(r, high) for r in ratios]
     bar = span(finite[0], sorted(finite[1:]) or None, low, high, css(verdict))
-    over = tag("span", f"{number(ratios[0])} ×" if math.isfinite(ratios[0]) else "")
+    share = e["value"] / e["threshold"] if e["threshold"] else math.inf
+    over = tag("span", f"{number(share)} ×" if math.isfinite(share) else "")
     return tag("div", bar, over, cls="over")
 
 

@@ -93,7 +93,7 @@ class Outputs:
                     fix="give each a name of its own.",
                 )  # fmt: skip
             seen[real] = kind
-            if _is_standard_output(path):
+            if str(path) == "-" or _is_standard_output(path):
                 raise UsageError(
                     f"--{kind} is standard output, where the command itself writes.", where=path,
                     fix="name a file; --json prints the one document to standard output.",

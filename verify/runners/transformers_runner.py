@@ -67,6 +67,12 @@ class TransformersRunner(Runner):
                 fix="convert the checkpoint with `g2conv convert SRC DIR --to safetensors`.",
             )
         with open_checkpoint(path) as opened:
+            if opened.layout.variant.name not in ("huggingface", "huggingface-bin"):
+                raise FormatError(
+                    f"transformers reads Hugging Face's layout, this is {opened.layout.variant.name}.",
+                    where=path,
+                    fix="convert it with `g2conv convert SRC DIR --to safetensors`.",
+                )
             self.config = opened.config
         self._model = _load(path, getattr(torch, dtype)).to(self._device)
         self._states: list[Tensor] = []
