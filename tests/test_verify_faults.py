@@ -18,18 +18,10 @@ import pytest
 from g2kit.model.sample import sample_dir
 from g2kit.verify import recording_schema as schema
 from g2kit.verify.cli import g2verify
-from g2kit.verify.compare import record_model
 
 SAMPLE = str(sample_dir())
 FULL = Path("/dev/full")
 run = partial(command_case.run, g2verify)
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("recording") / "r"
-    record_model(SAMPLE, out, profile="smoke", floor=False)
-    return out
 
 
 def test_logits_do_not_write_through_links(tmp_path: Path, capsys: Any) -> None:

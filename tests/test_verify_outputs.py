@@ -19,18 +19,10 @@ import pytest
 from g2kit.model.sample import sample_dir
 from g2kit.verify import recording_schema as schema
 from g2kit.verify.cli import g2verify
-from g2kit.verify.compare import record_model
 
 SAMPLE = str(sample_dir())
 EXE = str(Path(sys.executable).with_name("g2verify"))
 run = partial(command_case.run, g2verify)
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("recording") / "r"
-    record_model(SAMPLE, out, profile="smoke", floor=False)
-    return out
 
 
 @pytest.fixture
