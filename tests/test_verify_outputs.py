@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import command_case
 import numpy as np
 import pytest
 
+from g2kit.formats.lock import Lock
 from g2kit.model.sample import sample_dir
 from g2kit.verify import recording_schema as schema
 from g2kit.verify.cli import g2verify
@@ -105,21 +105,22 @@ def test_links_are_followed(tmp_path: Path, ids: Path, capsys: Any) -> None:
 
 def test_a_killed_run_leaves_nothing_for_good(tmp_path: Path, ids: Path, capsys: Any) -> None:
     left = tmp_path / ".l.npy.partial"
-    left.write_bytes(bytes(100))
+    left.mkdir()
+    for name in ("data", "lock"):
+        (left / name).write_bytes(bytes(100))
     args = ("logits", SAMPLE, "--tokens", str(ids), "--out", str(tmp_path / "l.npy"))
     assert run(*args, capsys=capsys)[0] == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.npy", "l.npy"]
 
 
 def test_two_runs_do_not_write_the_same_logits(tmp_path: Path, ids: Path, capsys: Any) -> None:
-    other = tmp_path / ".l.npy.partial"
-    with other.open("wb") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        args = ("logits", SAMPLE, "--tokens", str(ids), "--out", str(tmp_path / "l.npy"))
-        status, _, err = run(*args, capsys=capsys)
+    other = Lock(tmp_path / ".l.npy.partial" / "lock")
+    args = ("logits", SAMPLE, "--tokens", str(ids), "--out", str(tmp_path / "l.npy"))
+    status, _, err = run(*args, capsys=capsys)
     assert status == 7
-    assert "another run is writing these logits" in err
-    assert other.exists()
+    assert "is writing this output" in err
+    assert other.path.exists()
+    other.release()
 
 
 @pytest.mark.parametrize("option", ["--reference-embedding", "--candidate-embedding"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,14 @@ import numpy.typing as npt
 
 from ..convert.progress import SILENT, Tick
 from ..formats.errors import (
-    FileIOError,
     FormatError,
-    LockedError,
     NotFoundError,
     SpaceError,
     UsageError,
 )
+from ..formats.lock import Lock
 from ..formats.named_files import load_ids
+from ..formats.output_paths import PARTIAL
 from .runners import Runner
 
 Array = npt.NDArray[Any]
@@ -89,6 +87,7 @@ def write_logits(
     Raises:
         UsageError: ids outside the vocabulary.
         SpaceError: the disk is too small.
+        LockedError: another run is writing the same file.
     """
     out = Path(out).resolve()  # what a link leads to is replaced, not the link
     if out.exists() and not out.is_file():  # a device or pipe would be replaced by the file
@@ -114,59 +113,23 @@ def write_logits(
         if length > context
         else []
     )  # fmt: skip
-    partial = out.with_name(f".{out.name[:200]}.partial")
-    fd = _claim(partial)
+    partial = out.with_name(f".{out.name[:200]}{PARTIAL}")
+    data, lock = partial / "data", Lock(partial / "lock")
     try:
-        os.ftruncate(fd, size)
-        os.pwrite(fd, head, 0)
-        bad = _write(fd, len(head), runner, tokens, progress)
-        os.fsync(fd)
-        partial.replace(out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-    return {"shape": list(shape), "bytes": size, "non_finite": bad, "notes": notes}
-
-
-def _claim(partial: Path) -> int:
-    """A new file, locked while it is written; one that a killed run left behind makes way.
-
-    Raises:
-        LockedError: another run is writing it.
-    """
-    while True:
+        data.unlink(missing_ok=True)  # a killed run's
+        fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            with suppress(FileExistsError):
-                fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-                _lock(fd, partial)
-                return fd
-            old = os.open(partial, os.O_RDWR | os.O_NOFOLLOW)  # never through a link
-        except FileNotFoundError:  # gone meanwhile
-            continue
-        except OSError as e:
-            raise FileIOError(
-                f"cannot write: {e.strerror}.", where=partial,
-                fix="remove it, or name another file.",
-            ) from e  # fmt: skip
-        try:
-            _lock(old, partial)
-            partial.unlink(missing_ok=True)
+            os.ftruncate(fd, size)
+            os.pwrite(fd, head, 0)
+            bad = _write(fd, len(head), runner, tokens, progress)
+            os.fsync(fd)
         finally:
-            os.close(old)
-
-
-def _lock(fd: int, partial: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LockedError(
-            "another run is writing these logits.", where=partial,
-            fix="wait for it, or name another file.",
-        ) from None  # fmt: skip
-    except OSError:  # a file system without locks
-        pass
+            os.close(fd)
+        data.replace(out)
+    finally:
+        data.unlink(missing_ok=True)
+        lock.release()
+    return {"shape": list(shape), "bytes": size, "non_finite": bad, "notes": notes}
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

@@ -104,8 +104,6 @@ class Outputs:
                         f"--{kind} {'is' if real == source else 'lies in'} an input of this command.",
                         where=path, fix="name a new file, beside the inputs.",
                     )  # fmt: skip
-
-        for kind, path in self.paths.items():
             if path.is_file() and belongs_to_checkpoint(path.name):
                 raise UnsafePathError(
                     f"--{kind} would replace a file that by its name belongs to a checkpoint or recording.",
