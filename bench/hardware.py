@@ -28,7 +28,16 @@ ROWS = (
     ("torch", "cuda", "float32"),
     ("torch", "cuda", "bfloat16"),
 )
-NOTHING = "| {} | {} | {} | {} | | | |"
+COLUMNS = (
+    "runner", "device", "dtype", "X1", "largest KL, nats", "allowed", "padding", "decoding",
+    "seconds", "peak RSS, MiB",
+)  # fmt: skip
+CHECKS = ("P6/padding", "P8/decode")
+
+
+def line(*cells: object) -> str:
+    """A line of the table; cells that are left out are empty."""
+    return "| " + " | ".join(map(str, [*cells, *[""] * (len(COLUMNS) - len(cells))])) + " |"
 
 
 def g2verify(*args: str) -> subprocess.CompletedProcess[str]:
@@ -47,12 +56,19 @@ def row(recording: Path, model: Path, runner: str, device: str, dtype: str) -> s
     said = json.loads(done.stdout)
     claims = {c["id"]: c for c in said["claims"]}
     if "X1" not in claims:
-        return NOTHING.format(runner, device, dtype, "not run: " + said["summary"])
+        return line(runner, device, dtype, "not run: " + said["summary"])
     largest = next(e for e in claims["X1"]["evidence"] if e["metric"] == "KL, maximum")
-    return (
-        f"| {runner} | {device} | {dtype} | {claims['X1']['verdict']} | {largest['value']:.1e} | "
-        f"{largest['threshold']:.1e} | {said['run']['seconds']:.0f} |"
-    )
+    values = {c["id"]: c["value"] for c in said["coverage"]["checks"]}
+    return line(
+        runner, device, dtype, claims["X1"]["verdict"],
+        *(number(x) for x in (largest["value"], largest["threshold"], *map(values.get, CHECKS))),
+        f"{said['run']['seconds']:.0f}", f"{said['run']['peak_rss_mib']:.0f}",
+    )  # fmt: skip
+
+
+def number(value: float | None) -> str:
+    """A KL, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:.1e}"
 
 
 def main() -> None:
@@ -84,8 +100,8 @@ def main() -> None:
         made = g2verify("record", str(model), str(recording), "--config", str(model), *what)
         if made.returncode:
             sys.exit(made.stderr)
-        print("| runner | device | dtype | verdict | largest KL, nats | allowed | seconds |")
-        print("|---|---|---|---|---|---|---|")
+        print(line(*COLUMNS))
+        print("|" + "---|" * len(COLUMNS))
         for runner, device, dtype in ROWS:
             print(row(recording, model, runner, device, dtype), flush=True)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..formats import manifest as manifests
-from ..formats.errors import ChecksumError, FormatError, NotFoundError, UsageError, printable
+from ..formats.errors import ChecksumError, FormatError, UsageError, printable
+from ..formats.named_files import require_there
 from ..formats.names import listing
 from ..model.config import GemmaConfig
 from . import digest
@@ -71,10 +72,7 @@ def _orphans(directory: Path) -> list[str]:
 def _manifest_of(dst: Path) -> Path:
     """The manifest of an output, or an error that says where to look instead."""
     at = manifests.path_for(dst)
-    if not dst.exists():
-        raise NotFoundError(
-            "no such file or directory.", where=dst, fix="pass an output of g2conv."
-        )
+    require_there(dst, fix="pass an output of g2conv.")
     if at.is_file():
         return at
     if (above := manifests.covering(dst)) is not None:

@@ -19,9 +19,9 @@ from ..formats.errors import (
     FormatError,
     InputError,
     MissingTensorError,
-    NotFoundError,
     printable,
 )
+from ..formats.named_files import require_there
 from ..model.canonical import LM_HEAD
 from ..model.config import Family
 from . import sidecar_files
@@ -62,10 +62,7 @@ def open_container(path: Path, prefer: str | None = None) -> Source:
         FormatError: nothing recognised, or several containers and no preference.
         NotFoundError: the path does not exist.
     """
-    if not path.exists():
-        raise NotFoundError(
-            "no such file or directory.", where=path, fix="pass the path of a checkpoint."
-        )
+    require_there(path, fix="pass the path of a checkpoint.")
     kinds = _in_directory(path) if path.is_dir() else [_of_file(path)]
     if not kinds:
         return _below(path)

@@ -20,11 +20,11 @@ from ..formats.errors import (
     FormatError,
     G2Error,
     LimitError,
-    NotFoundError,
     TokenizerError,
     printable,
 )
 from ..formats.files import InputFile
+from ..formats.named_files import require_there
 from ..formats.names import inside
 from ..model.canonical import EMBED
 
@@ -236,23 +236,19 @@ class Sidecars:
         """
         kept = {k: v for k, v in self.files.items() if k not in _TOKENIZER_FILES}
         found, notes = dict[str, Path](), list[str]()
+        named = "pass the tokenizer.model of this model, or the directory it is in."
+        require_there(path, fix=named)
         if path.is_dir():
             for name in _TOKENIZER_FILES:
                 _look(path, name, found, notes)
             _look_for_keras(path, found, notes)
         elif path.is_file() and path.stat().st_size:
             found[TOKENIZER_JSON if path.suffix == ".json" else TOKENIZER_MODEL] = path
-        elif not path.exists():
-            raise NotFoundError(
-                "no such file or directory.",
-                where=path,
-                fix="pass the tokenizer.model of this model, or the directory it is in.",
-            )
         if TOKENIZER_MODEL not in found and TOKENIZER_JSON not in found:
             raise TokenizerError(
                 f"no tokenizer here{': ' + notes[0] if notes else ''}.",
                 where=path,
-                fix="pass the tokenizer.model of this model, or the directory it is in.",
+                fix=named,
             )
         contents = {k: v for k, v in self.contents.items() if k not in _TOKENIZER_FILES}
         if TEMPLATE not in found and TOKENIZER_CONFIG not in found and self.chat_template:

@@ -9,15 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import FileIOError, FormatError, LimitError
+from .errors import FileIOError, FormatError, G2Error, LimitError, NotFoundError, UsageError
 
 MAX_BYTES = 256 << 20
+WRITE_IDS = (
+    "save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids)."
+)
 
 
 def existing(*given: object) -> tuple[Path, ...]:
     """What of the values of options is a file or directory to read: a preset's name or ids in memory are none."""
     named = (Path(x) for x in given if isinstance(x, str | Path))
     return tuple(p for p in named if os.path.exists(p))  # noqa: PTH110 - False for any odd name
+
+
+def require_there(path: str | Path, *, fix: str | None = None) -> None:
+    """Raise NotFoundError if nothing is at a path that the user named."""
+    if not os.path.exists(path):  # noqa: PTH110 - as above
+        raise NotFoundError("no such file or directory.", where=path, fix=fix)
 
 
 def read_text(path: Path, *, fix: str | None = None) -> str:
@@ -28,7 +37,7 @@ def read_text(path: Path, *, fix: str | None = None) -> str:
         fix: what to do where there is none.
 
     Raises:
-        FileIOError: it cannot be read.
+        NotFoundError, FileIOError: it cannot be read.
         LimitError: it is larger than 256 MiB.
         FormatError: it is not UTF-8.
     """
@@ -43,23 +52,54 @@ def read_text(path: Path, *, fix: str | None = None) -> str:
         ) from e
 
 
-def load_ids(path: Path, *, fix: str | None = None) -> npt.NDArray[Any]:
-    """The array in a ``.npy`` file, of any dtype and shape, memory-mapped.
+def token_ids(source: object, rows: str, *, fix: str | None = None) -> npt.NDArray[np.int64]:
+    """Token ids that the user gave, of any vocabulary.
 
     Args:
-        path: the file.
-        fix: what to do where there is none.
+        source: a ``.npy`` file or an array of whole numbers, ``[length]`` or ``[rows, length]``.
+        rows: what the rows are, for messages.
+        fix: what to do where there is no such file.
+
+    Returns:
+        The ids, of as many dimensions.
 
     Raises:
-        FileIOError: it cannot be read.
-        LimitError: it is larger than 256 MiB.
-        FormatError: it is something else.
+        NotFoundError, FileIOError, LimitError: the file cannot be read.
+        FormatError: it holds something else.
+        UsageError: the array is something else.
     """
+    wrong: type[G2Error] = UsageError
+    if isinstance(source, str | Path):
+        where, wrong, ids = Path(source), FormatError, _load_array(Path(source), fix)
+    else:
+        where, ids = None, _as_array(source)
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
+        raise wrong(
+            f"token ids must be whole numbers of shape [length] or [{rows}, length], found {ids.dtype} "
+            f"{list(ids.shape)}.",
+            where=where, fix=WRITE_IDS,
+        )  # fmt: skip
+    if int(ids.max()) > np.iinfo(np.int64).max:
+        raise wrong(
+            f"token id {int(ids.max())} is in no vocabulary.", where=where,
+            fix="save ids of the model's tokenizer.",
+        )  # fmt: skip
+    return np.asarray(ids, np.int64)
+
+
+def _as_array(source: object) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(source)
+    except ValueError as e:  # rows of different lengths
+        raise UsageError(f"token ids are no array: {e}.", fix=WRITE_IDS) from e
+
+
+def _load_array(path: Path, fix: str | None) -> npt.NDArray[Any]:
+    """The array in a ``.npy`` file, of any dtype and shape, memory-mapped."""
     require_file(path, fix=fix)
-    write = "write token ids with numpy.save(file, ids)."
     if not _begins_like_numpy(path):
         raise FormatError(
-            "not a NumPy file, expected an array of token ids.", where=path, fix=write
+            "not a NumPy file, expected an array of token ids.", where=path, fix=WRITE_IDS
         )
     found, reason = None, "an archive of several"
     try:  # memory-mapped: the file's size bounds what its header may ask for
@@ -69,7 +109,9 @@ def load_ids(path: Path, *, fix: str | None = None) -> npt.NDArray[Any]:
     except Exception as e:  # whatever its parser of headers, which is Python's own, raises
         reason = (str(e) or repr(e)).splitlines()[0]
     if not isinstance(found, np.ndarray):
-        raise FormatError(f"not a NumPy array ({reason}).", where=path, fix=write)
+        raise FormatError(
+            f"not a NumPy array ({reason}), expected token ids.", where=path, fix=WRITE_IDS
+        )
     return found
 
 
@@ -86,13 +128,15 @@ def require_file(path: Path, *, fix: str | None = None) -> int:
     """The size in bytes of a regular file that may be read whole.
 
     Raises:
-        FileIOError: it is none; ``fix`` says what to do.
+        NotFoundError: there is none; ``fix`` says what to do.
+        FileIOError: it is something else.
         LimitError: it is larger than 256 MiB.
     """
+    require_there(path, fix=fix)
     try:
         if not path.is_file():
             there = "this is a directory" if path.is_dir() else "not a regular file"
-            raise FileIOError(f"{there if path.exists() else 'no such file'}.", where=path, fix=fix)
+            raise FileIOError(f"{there}.", where=path, fix=fix)
         size = path.stat().st_size
     except (OSError, ValueError) as e:
         raise FileIOError(f"cannot read: {e}.", where=path) from e

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FileIOError, FormatError, LimitError, printable
+from .named_files import require_there
 from .names import contained, listing
 
 TMP_MARK = ".orbax-checkpoint-tmp"
@@ -49,11 +50,11 @@ def find_item(path: Path) -> Item:
 
     Raises:
         FormatError: none, several, or only saves that never finished.
-        FileIOError: no such directory, or it cannot be listed.
+        NotFoundError: no such directory.
+        FileIOError: it cannot be listed.
         UnsafePathError: the one found is a symbolic link out of the directory.
     """
-    if not path.exists():
-        raise FileIOError("no such file or directory.", where=path)
+    require_there(path)
     if path.is_file() and path.name in (METADATA, MSGPACK, MANIFEST):
         path = path.parent
     if not path.is_dir():

@@ -22,7 +22,7 @@ from ..convert.open import Checkpoint
 from ..convert.tokenizer import Tokenizer, tokenizer_of
 from ..formats import strict_json
 from ..formats.errors import FormatError, TokenizerError, UsageError
-from ..formats.named_files import load_ids, read_text, require_file
+from ..formats.named_files import read_text, require_file, token_ids
 from ..model.config import GemmaConfig
 
 Ids = npt.NDArray[np.int64]
@@ -121,7 +121,7 @@ def read_calibration(
     Raises:
         UsageError: too little, padded, ids outside of the vocabulary, or a BOS in the wrong place.
         TokenizerError: text, but the checkpoint has no tokenizer.
-        FileIOError, FormatError, LimitError: the file cannot be read.
+        NotFoundError, FileIOError, FormatError, LimitError: the file cannot be read.
     """
     config = checkpoint.config
     if wanted.seq_len > config.max_position_embeddings:
@@ -130,11 +130,11 @@ def read_calibration(
             fix=f"use at most {config.max_position_embeddings}.",
         )
     if not isinstance(what, str | Path):
-        return _from_array(np.asarray(what), "array", config, wanted)
+        return _from_array(token_ids(what, "sequences"), "array", config, wanted)
     path = Path(what)
     _require_file(path)
     if path.suffix == ".npy":
-        return _from_array(load_ids(path), str(path), config, wanted)
+        return _from_array(token_ids(path, "sequences"), str(path), config, wanted)
     tokenizer = _tokenizer(checkpoint)
     if path.suffix in (".jsonl", ".ndjson"):
         documents, chat = _read_jsonl(path)
@@ -238,25 +238,16 @@ def _cut(stream: Ids, config: GemmaConfig, wanted: Wanted, where: Path | str) ->
 # ---------------------------------------------------------------- ids
 
 
-def _from_array(
-    ids: npt.NDArray[Any], source: str, config: GemmaConfig, wanted: Wanted
-) -> Calibration:
-    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
-        raise UsageError(
-            f"token ids must be whole numbers of shape [length] or [sequences, length], found {ids.dtype} "
-            f"{list(ids.shape)}.",
-            where=source,
-        )
+def _from_array(ids: Ids, source: str, config: GemmaConfig, wanted: Wanted) -> Calibration:
     if int(ids.max()) >= config.vocab_size or int(ids.min()) < 0:
         raise UsageError(
             f"token ids run from {int(ids.min())} to {int(ids.max())}; the vocabulary has {config.vocab_size}.",
             where=source, fix="use ids of this model's tokenizer.",
         )  # fmt: skip
     if ids.ndim == 1:
-        stream = np.asarray(ids, np.int64)
-        stream = stream[stream != config.bos_token_id]
+        stream = ids[ids != config.bos_token_id]
         return divide(_cut(stream, config, wanted, source), source, config, wanted)
-    rows = list(np.asarray(ids, np.int64))
+    rows = list(ids)
     if not (ids == config.bos_token_id).any():
         rows = [_begin(row, config) for row in rows]
     return divide(rows, source, config, wanted)

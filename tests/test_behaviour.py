@@ -348,6 +348,26 @@ class LosesTokens(Decoder):
         return self.runner.logits(self.ids[:, -self.keep :])[:, -(last or new.shape[1]) :]
 
 
+class Watched(Wrapped):
+    """Notes of every step of its decoders how many tokens were fed and positions given."""
+
+    def __init__(self, inner: Runner) -> None:
+        super().__init__(inner)
+        self.steps: list[tuple[int, int]] = []
+
+    def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
+        made = super().decoder(batch, capacity)
+        step = made.step
+
+        def watched(tokens: Tokens, **options: Any) -> Array:
+            out = step(tokens, **options)
+            self.steps.append((np.size(tokens), out.shape[1]))
+            return out
+
+        made.step = watched  # type: ignore[method-assign]
+        return made
+
+
 @pytest.mark.parametrize("window", [3, 5, 64])
 def test_a_cache_with_another_window_is_seen(
     window: int, good: Checkpoint, probes: ProbeSet
@@ -375,17 +395,9 @@ def test_a_cache_that_forgets_is_seen(good: Checkpoint, probes: ProbeSet) -> Non
 def test_decoding_starts_within_the_window_and_ends_past_it(
     good: Checkpoint, probes: ProbeSet
 ) -> None:
-    lengths: list[int] = []
-
-    class Counts(Wrapped):
-        def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
-            made = self.inner.decoder(batch, capacity)
-            step = made.step
-            made.step = lambda t, **o: (lengths.append(np.shape(t)[1]), step(t, **o))[1]  # type: ignore[method-assign]
-            return made
-
-    assert check_decode(Counts(open_runner("torch", good)), probes, FLOOR).verdict == "PASS"
-    assert lengths == [1] * 64, (
+    runner = Watched(open_runner("torch", good))
+    assert check_decode(runner, probes, FLOOR).verdict == "PASS"
+    assert runner.steps == [(1, 1)] * 64, (
         "a window of 4 in a context of 64: one by one, many times round the cache"
     )
 
@@ -396,7 +408,7 @@ def test_the_estimate_is_what_is_run(arch: str) -> None:
     chosen = build_probes(opened.config, tokenizer_of(opened), "ci")
     ran: list[tuple[int, int]] = []  # tokens, passes
 
-    class Counts(Wrapped):
+    class Counts(Watched):
         def start(self, tokens: Tokens, padding: Any = None) -> Array | None:
             ran.append((np.size(tokens), 1))
             return super().start(tokens, padding)
@@ -406,14 +418,10 @@ def test_the_estimate_is_what_is_run(arch: str) -> None:
                 ran.append((hidden.shape[0] * hidden.shape[1], 0))
             return super().replay(hidden, tap)
 
-        def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
-            made = self.inner.decoder(batch, capacity)
-            step = made.step
-            made.step = lambda t, **o: (ran.append((np.size(t), 1)), step(t, **o))[1]  # type: ignore[method-assign]
-            return made
-
-    with opened, open_runner("torch", opened) as runner:
-        run_checks(Counts(runner), chosen, FLOOR)
+    with opened, open_runner("torch", opened) as inner:
+        runner = Counts(inner)
+        run_checks(runner, chosen, FLOOR)
+    ran += [(fed, 1) for fed, _ in runner.steps]
     found = behaviour.cost(opened.config, chosen)
     assert (found.tokens, found.passes) == (sum(t for t, _ in ran), sum(p for _, p in ran))
     big = PRESETS["gemma2-2b"].config
@@ -425,23 +433,9 @@ def test_a_prompt_is_run_once_and_gives_one_position(
     good: Checkpoint, probes: ProbeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "BEFORE", -3)
-    shapes: list[tuple[int, int]] = []  # tokens fed, positions given
-
-    class Watched(Wrapped):
-        def decoder(self, batch: int = 1, capacity: int | None = None) -> Decoder:
-            made = self.inner.decoder(batch, capacity)
-            step = made.step
-
-            def watched(tokens: Tokens, **options: Any) -> Array:
-                out = step(tokens, **options)
-                shapes.append((np.size(tokens), out.shape[1]))
-                return out
-
-            made.step = watched  # type: ignore[method-assign]
-            return made
-
-    assert check_decode(Watched(open_runner("torch", good)), probes, FLOOR).verdict == "PASS"
-    assert shapes == [(7, 1)] + [(1, 1)] * 57
+    runner = Watched(open_runner("torch", good))
+    assert check_decode(runner, probes, FLOOR).verdict == "PASS"
+    assert runner.steps == [(7, 1)] + [(1, 1)] * 57
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from g2kit.convert.chat_template import GEMMA_TEMPLATE
 from g2kit.convert.open import Checkpoint, open_checkpoint
 from g2kit.formats.errors import (
-    FileIOError,
     FormatError,
     G2Error,
     NonFiniteError,
+    NotFoundError,
     TokenizerError,
     UsageError,
 )
@@ -172,7 +172,7 @@ def test_wanted_is_checked(values: tuple[int, int, float], says: str) -> None:
 
 
 def test_files_that_are_not_what_they_say(sample: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(FileIOError, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         read_calibration(tmp_path / "none.txt", sample, SMALL)
     for name, content, kind in (
         ("a.txt", b"\xff\xfe", FormatError),

@@ -23,6 +23,7 @@ from g2kit.formats.errors import (
     FormatError,
     G2Error,
     LimitError,
+    NotFoundError,
     TruncatedError,
 )
 from g2kit.formats.orbax_locate import find_item
@@ -260,7 +261,7 @@ def test_several_candidates_are_listed(tmp_path: Path) -> None:
 
 
 def test_no_candidate(tmp_path: Path) -> None:
-    with pytest.raises(FileIOError, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         orbax.open_source(tmp_path / "absent")
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "x"')  # TensorFlow's
     with pytest.raises(FormatError, match="no checkpoint found"):

@@ -21,6 +21,7 @@ from g2kit.formats.errors import (
     FormatError,
     G2Error,
     LimitError,
+    NotFoundError,
     TokenizerError,
     UsageError,
 )
@@ -290,7 +291,7 @@ def test_own_text_takes_the_documents_place(
     (b"", FormatError, "there is no text in it"),
     (b" \n\n", FormatError, "there is no text in it"),
     (b"ab\xff", FormatError, "not UTF-8 at byte 2"),
-    (None, FileIOError, "no such file"),
+    (None, NotFoundError, "no such file"),
 ])  # fmt: skip
 def test_a_text_that_cannot_be_used(
     content: bytes | None, error: type[G2Error], message: str, tmp_path: Path,
@@ -345,6 +346,7 @@ def test_own_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     ([[2, 3], [-1, 3]], "token id -1 of document 1, position 0"),
     ([1.5], "must be whole numbers"),
     ([], "must be whole numbers"),
+    ([[2, 3], [2]], r"are no array.*inhomogeneous"),
     ([[[1]]], r"found int64 \[1, 1, 1\]"),
     (np.array([2**63], np.uint64), "is in no vocabulary"),
     (np.full(65, 3), "document 0 has 65 tokens, the model's context 64"),
@@ -357,7 +359,7 @@ def test_bad_tokens_are_named(tokens: object, message: str) -> None:
 
 def test_token_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "ids.npy"
-    with pytest.raises(FileIOError, match="no such file"):
+    with pytest.raises(NotFoundError, match="no such file"):
         user_tokens(path)
     with pytest.raises(FileIOError, match="this is a directory"):
         user_tokens(tmp_path)

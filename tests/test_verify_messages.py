@@ -80,8 +80,8 @@ def logits(ids: Any, root: Path, *options: str, capsys: Any) -> tuple[int, str, 
 
 
 @pytest.mark.parametrize(("ids", "options", "found", "fix"), [
-    (np.ones((2, 3)), (), "found float64 (2, 3)", "whole numbers (int32 or int64) of one or two dimensions"),
-    (np.ones((1, 2, 3), int), (), "found int64 (1, 2, 3)", "of one or two dimensions with numpy.save"),
+    (np.ones((2, 3)), (), "found float64 [2, 3]", "whole numbers (int32 or int64) of one or two dimensions"),
+    (np.ones((1, 2, 3), int), (), "found int64 [1, 2, 3]", "of one or two dimensions with numpy.save"),
     (np.array([2, 3072]), (), "from 2 to 3072, the vocabulary has 3072", "give ids from 0 to 3071"),
     (np.array([2]), ("--runner", "jax", "--mesh", "2x4"), "mesh '2x4'", "data and model, a number of devices"),
     (np.array([2]), ("--runner", "jax", "--mesh", "data=0"), "data=2,model=4", "from 1; one left out has 1"),

@@ -17,6 +17,7 @@ from .. import report as reports
 from ..commands import choice, flag, group, path, path_option
 from ..formats import strict_json
 from ..formats.errors import EXIT_FAIL, FormatError, G2Error, NotFoundError, UsageError
+from ..formats.named_files import require_there
 from ..machine import Stopwatch
 from ..outputs import Outputs
 from ..sealed import dumps, sealed
@@ -383,9 +384,9 @@ def _estimated(
 def _read_report(path: Path) -> dict[str, Any]:
     """A report's document; of a file that is no JSON at all, the advice is to name the report."""
     named = "name the JSON document that --report or --json wrote."
+    require_there(path, fix=named)
     if not path.is_file():
-        there = "this is no file." if path.exists() else "no such file."
-        raise NotFoundError(there, where=path, fix=named)
+        raise NotFoundError("this is no file.", where=path, fix=named)
     try:
         loaded = strict_json.load_object(path, limit=1 << 31)
     except FormatError as e:

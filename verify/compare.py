@@ -354,9 +354,9 @@ def logits_to_file(
     Raises:
         G2Error: the model cannot be opened or run, or the ids do not fit it.
     """
-    from .logits_file import as_ids, read_tokens, write_logits
+    from .logits_file import read_tokens, write_logits
 
-    ids = read_tokens(tokens) if isinstance(tokens, str | Path) else as_ids(tokens)
+    ids = read_tokens(tokens)
     engine, _ = engines(runner=runner, dtype=dtype, device=device, mesh=mesh)
     meter = progress or Silent()
     with (

@@ -12,14 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..convert.progress import SILENT, Tick
-from ..formats.errors import (
-    FormatError,
-    NotFoundError,
-    SpaceError,
-    UsageError,
-)
+from ..formats.errors import SpaceError, UsageError
 from ..formats.lock import Lock
-from ..formats.named_files import load_ids
+from ..formats.named_files import token_ids
 from ..formats.output_paths import PARTIAL
 from .runners import Runner
 
@@ -28,41 +23,13 @@ BATCH_TOKENS = 4096
 TILE_BYTES = 64 << 20
 
 
-def read_tokens(path: str | Path) -> Array:
-    """Ids ``[batch, length]`` int64 from a ``.npy`` file of ``[length]`` or ``[batch, length]``.
+def read_tokens(source: str | Path | npt.ArrayLike) -> Array:
+    """Ids ``[batch, length]`` int64 from an array, or a ``.npy`` file, of ``[length]`` or ``[batch, length]``.
 
     Raises:
-        FormatError: not such a file.
-        NotFoundError: there is none.
-        FileIOError, LimitError: it cannot be read, or is larger than 256 MiB.
+        G2Error: as :func:`g2kit.formats.named_files.token_ids`.
     """
-    if not Path(path).exists():
-        raise NotFoundError("no such file.", where=path, fix="save token ids with numpy.save.")
-    return as_ids(load_ids(Path(path)), path)
-
-
-def as_ids(ids: Any, where: str | Path | None = None) -> Array:
-    """Ids ``[length]`` or ``[batch, length]`` as ``[batch, length]`` int64.
-
-    Raises:
-        FormatError: they are something else.
-    """
-    good = (
-        isinstance(ids, np.ndarray) and ids.ndim in (1, 2) and ids.dtype.kind in "iu" and ids.size
-    )
-    if not good:
-        found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise FormatError(
-            f"token ids must be whole numbers of shape [length] or [batch, length], found {found}.",
-            where=where,
-            fix="save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids).",
-        )
-    if int(ids.max()) > np.iinfo(np.int64).max:
-        raise FormatError(
-            f"token id {int(ids.max())} is in no vocabulary.", where=where,
-            fix="save ids of the model's tokenizer.",
-        )  # fmt: skip
-    return np.atleast_2d(ids).astype(np.int64)
+    return np.atleast_2d(token_ids(source, "batch", fix="save token ids with numpy.save."))
 
 
 def write_logits(

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..formats.errors import NotFoundError, UsageError
+from ..formats.errors import UsageError
+from ..formats.named_files import require_there
 from .batches import BATCH_TOKENS
 from .claims import budget_of
 from .profiles import DEFAULT_PROFILE
@@ -63,10 +64,8 @@ class Options:
                 fix="leave it out for 10.",
             )
         for path in (self.text, self.tokens):
-            if isinstance(path, str | Path) and not Path(path).exists():
-                raise NotFoundError(
-                    "no such file.", where=path, fix="name a file to take tokens from."
-                )
+            if isinstance(path, str | Path):
+                require_there(path, fix="name a file to take tokens from.")
 
     def require_no_tokens(self) -> None:
         """Raise UsageError if any option asks for other tokens than a recording's own."""
@@ -90,11 +89,8 @@ class Options:
                     f"--{side}-embedding is for a recording, the {side} is a checkpoint and has its own.",
                     fix="leave it out.",
                 )
-            if isinstance(path, str | Path) and not Path(path).exists():
-                raise NotFoundError(
-                    "no such file or directory.", where=path,
-                    fix="name a checkpoint with the recorded embedding.",
-                )  # fmt: skip
+            if isinstance(path, str | Path):
+                require_there(path, fix="name a checkpoint with the recorded embedding.")
 
     @property
     def share(self) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..formats import strict_json
-from ..formats.errors import ChecksumError, FormatError, NotFoundError, UsageError
+from ..formats.errors import ChecksumError, FormatError, UsageError
+from ..formats.named_files import require_there
 from ..formats.names import listing
 from .divergence import Inside
 from .evidence import Findings, documents_of, near_tie
@@ -46,8 +47,7 @@ def read_part(path: Path) -> Part:
         ChecksumError: it was changed after it was written.
         NotFoundError, FileIOError: it cannot be read.
     """
-    if not path.exists():
-        raise NotFoundError("no such file.", where=path, fix="name the parts the shards wrote.")
+    require_there(path, fix="name the parts the shards wrote.")
     part = strict_json.load_object(path, limit=MAX_BYTES)
     if part.get("schema") != SCHEMA:
         raise FormatError(

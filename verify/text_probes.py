@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.errors import FormatError, G2Error, UsageError
-from ..formats.named_files import load_ids, read_text
+from ..formats.errors import FormatError
+from ..formats.named_files import read_text, token_ids
 
 SNIPPETS = "snippets"
 _HEADING = re.compile(r"^=== (.+)\n", re.MULTILINE)
@@ -73,7 +73,7 @@ def user_text(path: str | Path) -> Text:
     """A text file named by the user.
 
     Raises:
-        FileIOError: it cannot be read.
+        NotFoundError, FileIOError: it cannot be read.
         LimitError: it is larger than 256 MiB.
         FormatError: it is empty or not UTF-8.
     """
@@ -93,26 +93,6 @@ def user_tokens(
         source: a ``.npy`` file or array of whole numbers, ``[length]`` or ``[documents, length]``.
 
     Raises:
-        FileIOError: the file cannot be read.
-        FormatError: it holds something else.
-        UsageError: the array is something else.
+        G2Error: as :func:`g2kit.formats.named_files.token_ids`.
     """
-    wrong: type[G2Error]
-    if isinstance(source, str | Path):
-        where, wrong = Path(source), FormatError
-        ids = load_ids(where)
-    else:
-        where, wrong, ids = None, UsageError, np.asarray(source)
-    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
-        raise wrong(
-            f"token ids must be whole numbers of shape [length] or [documents, length], found {ids.dtype} "
-            f"{list(ids.shape)}.",
-            where=where,
-            fix="save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids).",
-        )
-    if int(ids.max()) > np.iinfo(np.int64).max:
-        raise wrong(
-            f"token id {int(ids.max())} is in no vocabulary.", where=where,
-            fix="save ids of the model's tokenizer.",
-        )  # fmt: skip
-    return list(np.atleast_2d(ids).astype(np.int64))
+    return list(np.atleast_2d(token_ids(source, "documents")))

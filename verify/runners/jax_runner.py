@@ -281,8 +281,9 @@ class JaxDecoder(Decoder):
                     x, r._block(layer), at, k_at, k_real, r._window(layer), self._caches[layer],
                     np.int32(slots.start), config=r.config, chunk=QUERIES,
                 )  # fmt: skip
+                x.block_until_ready()  # else blocks are read faster than they run, and wait in memory
             hidden = r._final(x[:, -(last or x.shape[1]) :])
-            tiles = [m.unembed(hidden, rows(), config=r.config) for _, _, rows in r._tiles(None)]
+            tiles = (m.unembed(hidden, rows(), config=r.config) for _, _, rows in r._tiles(None))
             return np.concatenate([np.asarray(t) for t in tiles], axis=-1)
 
     def _empty(self) -> Cache:
