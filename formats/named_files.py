@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .errors import FileIOError, FormatError, G2Error, LimitError, NotFoundError, UsageError
 
 MAX_BYTES = 256 << 20
-WRITE_IDS = (
+_WRITE_IDS = (
     "save whole numbers (int32 or int64) of one or two dimensions with numpy.save(file, ids)."
 )
 
@@ -25,7 +25,7 @@ def existing(*given: object) -> tuple[Path, ...]:
 
 def require_there(path: str | Path, *, fix: str | None = None) -> None:
     """Raise NotFoundError if nothing is at a path that the user named."""
-    if not os.path.exists(path):  # noqa: PTH110 - as above
+    if not existing(path):
         raise NotFoundError("no such file or directory.", where=path, fix=fix)
 
 
@@ -77,7 +77,7 @@ def token_ids(source: object, rows: str, *, fix: str | None = None) -> npt.NDArr
         raise wrong(
             f"token ids must be whole numbers of shape [length] or [{rows}, length], found {ids.dtype} "
             f"{list(ids.shape)}.",
-            where=where, fix=WRITE_IDS,
+            where=where, fix=_WRITE_IDS,
         )  # fmt: skip
     if int(ids.max()) > np.iinfo(np.int64).max:
         raise wrong(
@@ -91,7 +91,7 @@ def _as_array(source: object) -> npt.NDArray[Any]:
     try:
         return np.asarray(source)
     except ValueError as e:  # rows of different lengths
-        raise UsageError(f"token ids are no array: {e}.", fix=WRITE_IDS) from e
+        raise UsageError(f"token ids are no array: {e}.", fix=_WRITE_IDS) from e
 
 
 def _load_array(path: Path, fix: str | None) -> npt.NDArray[Any]:
@@ -99,7 +99,7 @@ def _load_array(path: Path, fix: str | None) -> npt.NDArray[Any]:
     require_file(path, fix=fix)
     if not _begins_like_numpy(path):
         raise FormatError(
-            "not a NumPy file, expected an array of token ids.", where=path, fix=WRITE_IDS
+            "not a NumPy file, expected an array of token ids.", where=path, fix=_WRITE_IDS
         )
     found, reason = None, "an archive of several"
     try:  # memory-mapped: the file's size bounds what its header may ask for
@@ -110,7 +110,7 @@ def _load_array(path: Path, fix: str | None) -> npt.NDArray[Any]:
         reason = (str(e) or repr(e)).splitlines()[0]
     if not isinstance(found, np.ndarray):
         raise FormatError(
-            f"not a NumPy array ({reason}), expected token ids.", where=path, fix=WRITE_IDS
+            f"not a NumPy array ({reason}), expected token ids.", where=path, fix=_WRITE_IDS
         )
     return found
 
