@@ -447,6 +447,9 @@ def test_74_saved_by_sixteen_hosts(tmp_path: Path) -> None:
             create=True, open=True,
         ).result()  # fmt: skip
         opened[row : row + 2, column : column + 8].write(box).result()
+        if host == 5:  # removed below: the metadata that the merge keeps must be another's
+            store = ts.KvStore.open(kv | {"path": "x.w/"}).result()
+            store.write(".zarray", None).result()
         if host == 3:
             ts.open(
                 {"driver": "zarr", "kvstore": kv | {"path": "n.scale/"}, "dtype": "bfloat16"},
@@ -461,9 +464,7 @@ def test_74_saved_by_sixteen_hosts(tmp_path: Path) -> None:
     source = orbax.open_source(tmp_path)
     check(source, {"x/w": array, "n/scale": norm})
     shutil.rmtree(tmp_path / "ocdbt.process_5")
-    # every host wrote .zarray; whose is kept is left to chance
-    missing = r"x\.w/(\d\.\d\.0|\.zarray): the value's data file is missing"
-    with pytest.raises(TruncatedError, match=missing):
+    with pytest.raises(TruncatedError, match=r"x/w: x\.w/\d\.\d\.0: "):
         orbax.open_source(tmp_path)
 
 
